@@ -1,0 +1,111 @@
+"""Masked autoregressive transforms: one pass forward, an exact inverse for the price of about one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from flowpath.nets import MaskedMLP
+from flowpath.registry import register
+from flowpath.transform import Conditioner, Element, Transform
+from flowpath.transforms.autoregressive_inverse import ImplicitInverse, invert_by_passes, invert_by_steps
+from flowpath.transforms.elementwise import check_conditioner
+
+
+@register("MaskedAutoregressive")
+class MaskedAutoregressive(Transform):
+    r"""A masked autoregressive transform: feature i is transformed by an Element that saw the features before it,
+
+    .. math:: z_i = \tau(x_i;\, h_i(x_{<i}, c)), \qquad \text{ladj} = \sum_i \log \tau'(x_i).
+
+    Forward is one parallel pass. The inverse is sequential by nature; with a `MaskedMLP` it is computed exactly,
+    feature after feature, evaluating each hidden unit once: the arithmetic of one pass, in `features` small steps. Up
+    to 64 rows of 16 features or more it sweeps instead, x <- tau^-1(z; h(x)) (Jacobi), which is exact after at most
+    `features` sweeps and stops when nothing moves. Its gradient is implicit: at x the triangular system J^T v = g is
+    solved by a few vector-Jacobian products; second derivatives, torch.func, torch.compile, dropout in training
+    mode and Elements with parameters of their own take a plain differentiable path.
+
+    "Masked Autoregressive Flow" (Papamakarios, Pavlakou, Murray 2017, arXiv:1705.07057); its `Inverse` is the IAF of
+    Kingma et al. 2016, arXiv:1606.04934.
+
+    Args:
+        features: width of the event.
+        element: the Element tau.
+        conditioner: a `MaskedMLP(features, ...)`, or any Conditioner that is autoregressive in `order`'s positions
+            (its inverse then takes `features` full passes).
+        order: the order of the features, first one first; by default 0, 1, 2, ...
+        context: width of the context.
+
+    Raises:
+        ValueError: an order that is no permutation, or a conditioner whose sizes do not fit.
+
+    Example:
+        >>> import torch, flowpath as fp
+        >>> t = fp.MaskedAutoregressive(3, fp.Affine(), fp.MaskedMLP(3, num_params=2))
+        >>> x = torch.randn(5, 3)
+        >>> torch.allclose(t.inverse(t(x)[0])[0], x)
+        True
+    """
+
+    inverse_cost = "sequential"
+    order: Tensor
+    place: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        element: Element,
+        conditioner: Conditioner,
+        *,
+        order: Sequence[int] | None = None,
+        context: int = 0,
+    ) -> None:
+        super().__init__(features, context)
+        check_conditioner("MaskedAutoregressive", conditioner, element)
+        for name, want in (("features", features), ("context", context)):
+            if getattr(conditioner, name, want) != want:
+                raise ValueError(
+                    f"MaskedAutoregressive expects a conditioner with {name}={want}, got {getattr(conditioner, name)}"
+                )
+        natural = torch.arange(features)
+        places = natural if order is None else torch.as_tensor(order, dtype=torch.long)
+        if not torch.equal(places.sort().values, natural):
+            raise ValueError(
+                f"MaskedAutoregressive expects order to permute 0 to {features - 1}, got {places.tolist()}"
+            )
+        self.element, self.conditioner = element, conditioner
+        self._reordered = not torch.equal(places, natural)
+        self._element_learns = isinstance(element, nn.Module) and next(element.parameters(), None) is not None
+        self.register_buffer("order", places, persistent=False)
+        self.register_buffer("place", places.argsort(), persistent=False)
+
+    def _sorted(self, x: Tensor) -> Tensor:
+        return x.movedim(-1, 0).index_select(0, self.order).movedim(0, -1) if self._reordered else x
+
+    def _unsorted(self, x: Tensor) -> Tensor:
+        return x.movedim(-1, 0).index_select(0, self.place).movedim(0, -1) if self._reordered else x
+
+    def _apply_element(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Forward in sorted features, with the ladj per feature."""
+        return self.element.forward(x, self.conditioner(x, context))
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        z, ladj = self._apply_element(self._sorted(x), context)
+        return self._unsorted(z), ladj.sum(-1)
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        z = self._sorted(z)
+        if not isinstance(self.conditioner, MaskedMLP):
+            x, ladj = invert_by_passes(self, z, context)
+        elif self._element_learns or self.conditioner.random or _is_traced():
+            x, ladj = invert_by_steps(self, z, context, keep_graph=True)
+        else:
+            x, ladj = ImplicitInverse.apply(self, z, context, *self.conditioner.parameters())
+        return self._unsorted(x), ladj
+
+
+def _is_traced() -> bool:
+    """Whether torch.compile or torch.func looks on: neither follows an autograd.Function that calls others."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

@@ -1,0 +1,243 @@
+"""The inverse of a masked autoregressive transform: passes, Jacobi sweeps, incremental steps, and its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from flowpath.nets import MaskedMLP, affine
+from flowpath.transform import Conditioner, Element
+
+_SMALL_BATCH = 64  # up to this many rows Jacobi sweeps beat the incremental inverse (experiments/bench/ar_inverse.py)
+_SMALL_WIDTH = 16  # below this many features they do not
+
+
+class Autoregressive(Protocol):
+    """What is inverted: z_i = element(x_i; conditioner_i(x_<i, context)), features in order."""
+
+    element: Element
+    conditioner: Conditioner
+
+
+def invert_by_passes(t: Autoregressive, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The inverse in `features` passes of the whole conditioner; differentiable to any order. z is sorted."""
+    x, ladj = z, z
+    for _ in range(z.shape[-1]):
+        x, ladj = t.element.inverse(z, t.conditioner(x, context))
+    return x, ladj.sum(-1)
+
+
+def invert_by_sweeps(t: Autoregressive, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same passes, stopped when no feature moves by more than a few ulp: the Jacobi iteration."""
+    x, ladj = t.element.inverse(z, t.conditioner(z, context))
+    tolerance = 4 * torch.finfo(z.dtype).eps
+    for _ in range(z.shape[-1] - 1):
+        last, (x, ladj) = x, t.element.inverse(z, t.conditioner(x, context))
+        if bool(((x - last).abs() <= tolerance * x.abs().clamp_min(1.0)).all()):
+            break
+    return x, ladj.sum(-1)
+
+
+def invert_by_steps(t: Autoregressive, z: Tensor, context: Tensor | None, *, keep_graph: bool) -> tuple[Tensor, Tensor]:
+    """The inverse a feature at a time, each hidden unit evaluated once. z `(*batch, d)` is sorted."""
+    batch = z.shape[:-1]
+    zs = z.movedim(-1, 0).flatten(1) if z.dim() > 1 else z.unsqueeze(-1)
+    net = _Steps(t.conditioner, context, zs, keep_graph)  # type: ignore[arg-type]
+    values, ladjs = [], []
+    for i in range(zs.shape[0]):
+        x, ladj = t.element.inverse(zs[i, :, None], net.params(i)[:, :, None])
+        net.push(i, x.T)
+        values.append(x.T)
+        ladjs.append(ladj.T)
+    out = torch.cat(values) if values else zs
+    return out.reshape(z.shape[-1], *batch).movedim(0, -1), torch.cat(ladjs).sum(0).reshape(batch)
+
+
+class _Steps:
+    """A MaskedMLP evaluated a feature at a time: units of degree m as soon as feature m is known.
+
+    Units are sorted by degree, so what is known of a layer is always its first rows. Without a graph they fill a
+    buffer; with one they are kept as pieces and concatenated, since autograd must see every value it used unchanged.
+    """
+
+    def __init__(self, net: MaskedMLP, context: Tensor | None, like: Tensor, keep_graph: bool) -> None:
+        self.net, self.keep_graph = net, keep_graph
+        self.layers = net.layers()
+        self.known = net.known
+        weight, bias = self.layers[0]
+        first = bias.unsqueeze(-1)
+        if context is not None:
+            c = context.movedim(-1, 0).flatten(1) if context.dim() > 1 else context.unsqueeze(-1)
+            first = affine(c, weight[:, net.features :], bias)
+        self.first = first
+        self.rows: list[Any] = (
+            [[] for _ in range(len(self.layers))]
+            if keep_graph
+            else [like.new_empty(w.shape[0], like.shape[1]) for w in (like, *(b for _, b in self.layers[:-1]))]
+        )
+        self.size = like.shape[1]
+        weight, bias = self.layers[-1]
+        self.final = weight.view(net.num_params, net.features, -1), bias.view(net.num_params, net.features)
+        self._extend(0, first_units=True)
+
+    def _read(self, layer: int, count: int) -> Tensor:
+        return torch.cat(self.rows[layer]) if self.keep_graph else self.rows[layer][:count]
+
+    def _write(self, layer: int, start: int, value: Tensor) -> None:
+        if self.keep_graph:
+            self.rows[layer].append(value)
+        else:
+            self.rows[layer][start : start + len(value)] = value
+
+    def params(self, i: int) -> Tensor:
+        """The params `(num_params, N)` of feature i, from the features before it."""
+        weight, bias = self.final
+        count = self.known[-1][i]
+        if not count:
+            return bias[:, i, None].expand(-1, self.size)
+        return affine(self._read(-1, count), weight[:, i, :count], bias[:, i])
+
+    def push(self, i: int, x: Tensor) -> None:
+        """Feature i `(1, N)` is known: so are, layer by layer, the units of degree i + 1."""
+        self._write(0, i, x)
+        if i + 1 < self.net.features:
+            self._extend(i + 1)
+
+    def _extend(self, degree: int, first_units: bool = False) -> None:
+        seen = degree  # columns of the layer below that are known by now
+        for j, (weight, bias) in enumerate(self.layers[:-1]):
+            stop = self.known[j][degree]
+            start = 0 if first_units else self.known[j][degree - 1]
+            if stop > start:
+                offset = self.first[start:stop] if j == 0 else bias[start:stop, None]
+                h = offset.expand(-1, self.size)
+                if seen:
+                    h = torch.addmm(h, weight[start:stop, :seen], self._read(j, seen))
+                self._write(j + 1, start, self.net._act(h))
+            seen = stop
+
+
+class ImplicitInverse(torch.autograd.Function):
+    r"""x = T^{-1}(z) of a masked autoregressive T in sorted features, with its ladj; the gradient is implicit.
+
+    With J = dT/dx at x, lower triangular with diagonal tau', a cotangent (g_x, g_l) of (x, ladj) gives
+    g = g_x - d_x [g_l ladj_T], v = J^{-T} g by the Jacobi iteration v <- v + (g - J^T v) / tau', exact after at most
+    `features` steps; v is the gradient in z, and parameters and context receive it through T held at x.
+    """
+
+    @staticmethod
+    def forward(t: Autoregressive, z: Tensor, context: Tensor | None, *params: Tensor) -> tuple[Tensor, Tensor]:
+        rows = z.shape[:-1].numel()
+        if rows <= _SMALL_BATCH and z.shape[-1] >= _SMALL_WIDTH:
+            return invert_by_sweeps(t, z, context)
+        return invert_by_steps(t, z, context, keep_graph=False)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        t, z, context, *params = inputs
+        ctx.transform, ctx.has_context = t, context is not None
+        ctx.names = [name for name, _ in t.conditioner.named_parameters()]
+        ctx.save_for_backward(z, output[0], *([context] if context is not None else []), *params)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        z, x, *rest = ctx.saved_tensors
+        context = rest.pop(0) if ctx.has_context else None
+        if torch.is_grad_enabled():  # a graph of the gradient is asked for
+            out = _plain_vjp(ctx.transform, ctx.names, z, context, rest, grads)
+        else:
+            out = _implicit_vjp(ctx.transform, ctx.names, x, context, rest, grads)
+        dz, dcontext, dparams = out
+        return None, dz, dcontext, *dparams
+
+
+def _plain_inverse(
+    t: Autoregressive, names: list[str], z: Tensor, context: Tensor | None, params: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The inverse under given conditioner weights, as one differentiable graph."""
+    module = _Plain(t)
+    values = {f"t.conditioner.{n}": p for n, p in zip(names, params, strict=True)}
+    return functional_call(module, values, (z, context))
+
+
+class _Plain(nn.Module):
+    """A transform's differentiable inverse as a module's forward, which is what functional_call calls."""
+
+    def __init__(self, t: Autoregressive) -> None:
+        super().__init__()
+        self.t = t
+
+    def forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return invert_by_steps(self.t, z, context, keep_graph=True)
+
+
+_Gradients = tuple[Tensor | None, Tensor | None, tuple[Tensor | None, ...]]
+
+
+def _plain_vjp(
+    t: Autoregressive,
+    names: list[str],
+    z: Tensor,
+    context: Tensor | None,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+) -> _Gradients:
+    def run(*values: Tensor) -> tuple[Tensor, Tensor]:
+        given = values[1] if context is not None else None
+        return _plain_inverse(t, names, values[0], given, values[len(values) - len(names) :])
+
+    _, vjp = torch.func.vjp(run, *(v for v in (z, context, *params) if v is not None))[:2]
+    dz, *rest = vjp(tuple(grads))
+    dcontext = rest.pop(0) if context is not None else None
+    return dz, dcontext, tuple(rest)
+
+
+def _implicit_vjp(
+    t: Autoregressive,
+    names: list[str],
+    x: Tensor,
+    context: Tensor | None,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+) -> _Gradients:
+    g_x, g_ladj = grads
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        leaves = [p.detach().requires_grad_(p.requires_grad) for p in params]
+        c = None if context is None else context.detach().requires_grad_(context.requires_grad)
+        numbers = functional_call(t.conditioner, dict(zip(names, leaves, strict=True)), (x, c))  # type: ignore[arg-type]
+        z, ladj = t.element.forward(x, numbers)
+    back = -g_ladj.unsqueeze(-1).expand_as(ladj)
+    g = g_x
+    if ladj.requires_grad:
+        (slope,) = torch.autograd.grad(ladj, x, back, retain_graph=True, allow_unused=True)
+        g = g if slope is None else g + slope
+    v = _solve_transposed(z, x, ladj.detach().exp(), g)
+    wanted = [p for p in (c, *leaves) if p is not None and p.requires_grad]
+    outputs = [(o, w) for o, w in ((z, -v), (ladj, back)) if o.requires_grad]
+    found = iter(
+        torch.autograd.grad([o for o, _ in outputs], wanted, [w for _, w in outputs], allow_unused=True)
+        if wanted
+        else ()
+    )
+    dcontext = next(found) if c is not None and c.requires_grad else None
+    return v, dcontext, tuple(next(found) if p.requires_grad else None for p in leaves)
+
+
+def _solve_transposed(z: Tensor, x: Tensor, diagonal: Tensor, g: Tensor) -> Tensor:
+    """v with J^T v = g for the triangular J = dz/dx, by Jacobi sweeps from v = g / diagonal; at most d of them."""
+    v = g / diagonal
+    if not x.numel():
+        return v
+    tolerance = 4 * torch.finfo(g.dtype).eps
+    for _ in range(x.shape[-1] - 1):
+        (product,) = torch.autograd.grad(z, x, v, retain_graph=True)
+        step = (g - product) / diagonal
+        v = v + step
+        if bool((step.abs() <= tolerance * v.abs().amax()).all()):
+            break
+    return v

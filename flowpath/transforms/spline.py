@@ -1,0 +1,431 @@
+"""Monotone rational-quadratic splines: on an interval with identity tails, and on a circle."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from flowpath.registry import register
+
+
+@dataclass(frozen=True)
+class Box:
+    """The square [low, high]^2 that K = `bins` bins fill, and the least they may be.
+
+    `min_width` and `min_height` are shares of the side. `unit_ends` fixes the slopes of the two end knots at 1, as
+    identity tails need.
+    """
+
+    bins: int
+    low: float
+    high: float
+    min_width: float = 1e-3
+    min_height: float = 1e-3
+    min_slope: float = 1e-3
+    unit_ends: bool = True
+
+    @property
+    def floors(self) -> tuple[float, float]:
+        """The least width and height."""
+        side = self.high - self.low
+        return side * self.min_width, side * self.min_height
+
+    @property
+    def free(self) -> tuple[float, float]:
+        """What the bins share above their floors, in x and in y."""
+        side = self.high - self.low
+        return side * (1.0 - self.bins * self.min_width), side * (1.0 - self.bins * self.min_height)
+
+    @cached_property
+    def sums(self) -> tuple[np.ndarray, np.ndarray]:
+        """b `(2, K + 1, 1)` and A `(2, K + 1, K)`: b + A p are the knots of fractions p, the end ones pinned."""
+        j = np.arange(self.bins + 1.0)[:, None]
+        floors, free = np.reshape(self.floors, (2, 1, 1)), np.reshape(self.free, (2, 1, 1))
+        return np.where(j < self.bins, self.low + j * floors, self.high), ((j > j[:-1].T) & (j < self.bins)) * free
+
+
+class _Piece(NamedTuple):
+    """The bin k of each element, its (width, height) and end slopes, and the element's place t = 1 - u in it."""
+
+    k: Tensor
+    sides: Tensor
+    slopes: Tensor
+    t: Tensor
+    u: Tensor
+    outside: Tensor
+
+
+def rational_quadratic(
+    x: Tensor, p: Tensor, raw_slopes: Tensor, box: Box, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    r"""Splines of N elements, each with K bins of its own; the identity outside the box.
+
+    In a bin of width w and height h, with s = h / w, end slopes d0 and d1, t = (x - x0) / w and u = 1 - t,
+
+    .. math:: y = y_0 + h \frac{t A_1}{D}, \quad \frac{dy}{dx} = \frac{s^2 q}{D^2}, \quad
+              D = u A_0 + t A_1, \quad q = t A_0 + u A_1, \quad A_0 = d_1 t + s u, \quad A_1 = s t + d_0 u
+
+    (eqs 4 and 5 of "Neural Spline Flows", Durkan, Bekasov, Murray, Papamakarios 2019, arXiv:1906.04032, in positive
+    terms only). The inverse is exact; its log-derivative is minus the forward one at the very point it returns,
+    rounding included, so that a sample and its density agree. First derivatives are analytic and keep no more K-wide
+    tensors than p and the slopes; create_graph, torch.func and torch.compile differentiate the plain operations.
+
+    Args:
+        x: `(N,)`; the y to go back from where `inverse`.
+        p: `(2, K, N)`: widths and heights above their floors, as fractions that sum to one.
+        raw_slopes: `(K + 1, N)`, one a knot: slope = min_slope + softplus(raw + c), with c so that raw = 0 gives 1.
+            With `box.unit_ends` the first and last row do not count.
+        box: where the spline acts, and its floors.
+        inverse: the direction.
+
+    Returns:
+        The value and the ladj of the direction asked for, each `(N,)`. NaN in x spoils its own element only.
+    """
+    if _no_backward():
+        return _plain(x, p, raw_slopes, box, inverse)
+    y, ladj, *_ = _Spline.apply(x, p, raw_slopes, box, inverse)
+    return y, ladj
+
+
+def _no_backward() -> bool:
+    """Whether there is no backward pass to save for, or torch differentiates the operations themselves."""
+    return (
+        not torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0  # inside a dual level
+    )
+
+
+def _plain(x: Tensor, p: Tensor, raw_slopes: Tensor, box: Box, inverse: bool) -> tuple[Tensor, Tensor]:
+    return _evaluate(x, p, raw_slopes, box, inverse)[:2]
+
+
+def _evaluate(
+    x: Tensor, p: Tensor, raw_slopes: Tensor, box: Box, inverse: bool
+) -> tuple[Tensor, Tensor, _Piece]:
+    knots, inner = _knots(p, box), x.clamp(box.low, box.high)  # clamped, so that gradients outside are finite
+    k = _bin(inner, knots[int(inverse)])
+    ends = torch.cat((k, k + 1.0)).long()
+    corners = knots.gather(1, ends.expand(2, *ends.shape))
+    slopes = _slopes(raw_slopes.gather(0, ends), k, box)
+    sides = corners[:, 1] - corners[:, 0]
+    (x0, x1), (y0, y1), (w, h), (d0, d1) = corners[0], corners[1], sides, slopes
+    s = h / w
+    z = torch.lerp(x0, x1, _root(inner - y0, y1 - inner, d0, d1, s)) if inverse else inner
+    t, u = (z - x0) / w, (x1 - z) / w
+    _, A1, D, q = _terms(t, u, d0, d1, s)
+    y = z if inverse else torch.lerp(y0, y1, t * A1 / D)  # lerp meets both knots exactly
+    f = s / D
+    ladj = torch.log(q * f * f)
+    outside = (x - inner).abs() > 0.0  # false for NaN, which the spline passes on
+    y = torch.where(outside, x, y)
+    ladj = torch.where(outside, 0.0, -ladj if inverse else ladj)
+    return y, ladj, _Piece(k, sides, slopes, t, u, outside)
+
+
+def _knots(p: Tensor, box: Box) -> Tensor:
+    """The `(2, K + 1, N)` knots in x and y. A small matmul is fastest on a CPU; tf32 or bf16 would spoil them."""
+    if not torch.compiler.is_compiling() and _matmul_is_exact(p):
+        base, matrix = box.sums
+        return torch.baddbmm(torch.from_numpy(base).to(p), torch.from_numpy(matrix).to(p), p)
+    widths = torch.stack([p[i] * box.free[i] + box.floors[i] for i in (0, 1)])
+    inner = box.low + widths[:, :-1].cumsum(1)
+    low, high = (torch.full_like(inner[:, :1], end) for end in (box.low, box.high))
+    return torch.cat((low, inner, high), 1)
+
+
+def _matmul_is_exact(p: Tensor) -> bool:
+    return (
+        p.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and torch.get_float32_matmul_precision() == "highest"
+    )
+
+
+def _bin(z: Tensor, knots: Tensor) -> Tensor:
+    """`(1, N)`: how many inner knots lie at or below z. In floats, as bools are slow on a CPU; the sign of NaN is 0."""
+    return (z.detach() - knots[1:-1].detach()).sign_().add_(1.0).clamp(max=1.0).sum(0, keepdim=True)
+
+
+def _slopes(raw: Tensor, k: Tensor, box: Box) -> Tensor:
+    """The slopes at both ends of bin k from their raw numbers, `(2, N)`."""
+    d = F.softplus(raw + math.log(math.expm1(1.0 - box.min_slope))) + box.min_slope
+    if not box.unit_ends:
+        return d
+    free = torch.cat((k, box.bins - 1.0 - k)).clamp(max=1.0)  # 0 at an end knot, else 1
+    return torch.lerp(d.new_ones(()), d, free)
+
+
+def _terms(t: Tensor, u: Tensor, d0: Tensor, d1: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A0, A1, D and q of the formulas above."""
+    A0, A1 = torch.addcmul(d1 * t, s, u), torch.addcmul(d0 * u, s, t)
+    return A0, A1, torch.addcmul(u * A0, t, A1), torch.addcmul(t * A0, u, A1)
+
+
+def _root(below: Tensor, above: Tensor, d0: Tensor, d1: Tensor, s: Tensor) -> Tensor:
+    r"""t at the height `below` over the bin's lower knot, which is `above` under its upper one.
+
+    The odds z = t / u solve :math:`e_1 z^2 + 2 b z - e_0 = 0` with :math:`2 b = d_0\,above - d_1\,below`,
+    :math:`e_0 = s\,below`, :math:`e_1 = s\,above`. The discriminant :math:`b^2 + e_0 e_1` is a sum that never
+    vanishes, and for either sign of b one form of the root has no cancellation. (The paper's 2c / (b + sqrt) loses
+    all digits where its b < 0 and an end is steep beside s.)
+    """
+    b = 0.5 * torch.addcmul(d0 * above, d1, below, value=-1.0)
+    e0, e1 = s * below, s * above
+    sign = torch.copysign(torch.ones_like(b), b)  # b sign for |b|, whose derivative at b = 0 would be 0
+    n = torch.addcmul(torch.sqrt(torch.addcmul(b * b, e0, e1)), b, sign)
+    first = 0.5 + 0.5 * sign  # 1 or 0: z = e0 / n or n / e1
+    return torch.lerp(n, e0, first) / (n + torch.lerp(e1, e0, first))
+
+
+class _Spline(torch.autograd.Function):
+    """`_evaluate` with an analytic first derivative that keeps p, the raw slopes and the `_Piece`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, p: Tensor, raw_slopes: Tensor, box: Box, inverse: bool) -> tuple[Tensor, ...]:
+        y, ladj, piece = _evaluate(x, p, raw_slopes, box, inverse)
+        return y, ladj, *piece
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, p, raw_slopes, ctx.box, ctx.inverse = inputs
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, p, raw_slopes, *output[2:])
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor | None, gl: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        x, p, raw_slopes, *piece = ctx.saved_tensors
+        gy = torch.zeros_like(x) if gy is None else gy
+        gl = torch.zeros_like(x) if gl is None else gl
+        if torch.is_grad_enabled():  # create_graph
+            pull = torch.func.vjp(partial(_plain, box=ctx.box, inverse=ctx.inverse), x, p, raw_slopes)[1]
+            return *pull((gy, gl)), None, None
+        return *_gradients(gy, gl, _Piece(*piece), ctx.box, ctx.inverse), None, None
+
+
+def _gradients(
+    gy: Tensor, gl: Tensor, piece: _Piece, box: Box, inverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in x, p and the raw slopes from those in the value and the ladj L, each `(N,)`.
+
+    With v = (y - y0) / h, subscripts for derivatives. The inverse is differentiated implicitly: it has the forward
+    formulas for a = (gl L_t - gy w) / (h v_t) and c = -gl in place of gy and gl.
+    """
+    (w, h), (d0, d1), t, u, outside = piece[1:]
+    a, c = torch.where(outside, 0.0, gy), torch.where(outside, 0.0, gl)
+    s, sum_d = h / w, d0 + d1
+    A0, A1, D, q = _terms(t, u, d0, d1, s)
+    iD, iq, tu = D.reciprocal(), q.reciprocal(), t * u
+    lift = h * iD * iD
+    hv_t = lift * s * q
+    half_L_t = (A0 - A1) * iq - torch.sub(sum_d, s, alpha=2.0) * (u - t) * iD
+    if inverse:
+        g_t = -a * w
+        a, c = torch.addcmul(g_t, c, half_L_t, value=2.0) / hv_t, -c
+        gx = -a
+    else:
+        g_t = torch.addcmul(a * hv_t, c, half_L_t, value=2.0)
+        gx = g_t / w
+    lift, cD, cq = a * lift * tu, 2.0 * c * iD, c * iq
+    g_s = torch.addcmul(lift * (d1 * t * t - d0 * u * u), tu, torch.addcmul(2.0 * cq, cD, sum_d / s))
+    g_d0 = u * torch.addcmul(torch.addcmul(lift * A0, u, cq), t, cD, value=-1.0)
+    g_d1 = t * torch.addcmul(torch.addcmul(t * cq, lift, A1, value=-1.0), u, cD, value=-1.0)
+    g_w = torch.addcmul(g_t * t, g_s, s) / -w
+    g_h = torch.addcmul(g_s / w, a * iD, t * A1)
+    g_p, g_raw = _spread((g_t / -w, a), (g_w, g_h), (g_d0, g_d1), piece, box)
+    return torch.where(outside, gy, gx), g_p, g_raw
+
+
+def _spread(
+    move: tuple[Tensor, Tensor], size: tuple[Tensor, Tensor], slopes: tuple[Tensor, Tensor], piece: _Piece, box: Box
+) -> tuple[Tensor, Tensor]:
+    """From gradients in the place, size and end slopes of the bin k to those in p (but for a constant: it sums to
+    one) and in the raw slopes. Width j < k moves the bin, width k is its size."""
+    (fw, fh), ends = box.free, torch.cat((piece.k, piece.k + 1.0)).long()
+    g_move, g_size, g_d = (torch.stack(g) for g in ((move[0] * fw, move[1] * fh), (size[0] * fw, size[1] * fh), slopes))
+    j = torch.arange(box.bins, dtype=g_d.dtype, device=g_d.device).unsqueeze(1)
+    g_p = (piece.k - j).clamp(0.0, 1.0) * g_move.unsqueeze(1)
+    g_p = g_p.scatter_(1, ends[:1].expand(2, 1, -1), g_size.unsqueeze(1))
+    g_d = torch.addcmul(g_d, g_d, (box.min_slope - piece.slopes).exp_(), value=-1.0)  # softplus' = 1 - e^-softplus
+    return g_p, g_d.new_zeros(box.bins + 1, g_d.shape[1]).scatter_(0, ends, g_d)
+
+
+class _Element(nn.Module):
+    """What both splines share: the checks, and the way from params `(P, *batch, d)` to N flat elements and back."""
+
+    def __init__(self, box: Box, num_params: int) -> None:
+        super().__init__()
+        self.bins, self.box, self.num_params = (bins := box.bins), box, num_params
+        title = type(self).__name__
+        if not isinstance(bins, int) or isinstance(bins, bool) or bins < 2:
+            raise ValueError(f"{title} expects bins to be a whole number of at least 2, got {bins!r}")
+        if not (math.isfinite(box.low) and 0.0 < box.high - box.low < math.inf):
+            raise ValueError(f"{title} expects an interval of finite, positive length, got [{box.low}, {box.high}]")
+        for name, floor in (("min_width", box.min_width), ("min_height", box.min_height)):
+            if not 1e-5 <= floor < 1.0 / bins:  # knots closer than that may meet in float32
+                raise ValueError(f"{title} expects 1e-5 <= {name} < 1 / bins = {1.0 / bins:g}, got {floor}")
+        if not 0.0 < box.min_slope < 1.0:
+            raise ValueError(f"{title} expects 0 < min_slope < 1, got {box.min_slope}")
+
+    def _map(self, x: Tensor, rows: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """x `(*batch, d)` and rows of numbers `(P, d, *batch)`; features lead, as conditioners emit them: no copy."""
+        shape = (*rows.shape[2:], rows.shape[1])
+        if shape != x.shape:
+            shape = torch.broadcast_shapes(x.shape, shape)
+        size, n, dtype = (shape[-1], *shape[:-1]), math.prod(shape), torch.promote_types(x.dtype, torch.float32)
+        fill = (1,) * (len(size) + 1 - rows.dim())
+        rows = rows.reshape(*rows.shape[:2], *fill, *rows.shape[2:]).to(dtype)
+        logits, raw = rows.split((2 * self.bins, len(rows) - 2 * self.bins))
+        p = torch.softmax(logits.unflatten(0, (2, self.bins)), 1)  # before it is expanded
+        y, ladj = rational_quadratic(
+            x.expand(shape).movedim(-1, 0).reshape(n).to(dtype),
+            p.expand(-1, -1, *size).reshape(2, self.bins, n),
+            self._knot_slopes(raw.expand(-1, *size).reshape(len(raw), n)),
+            self.box,
+            inverse,
+        )
+        return y.view(size).movedim(0, -1).to(x.dtype), ladj.view(size).movedim(0, -1).to(x.dtype)
+
+    def _rows(self, params: Tensor) -> Tensor:
+        if params.dim() < 2 or len(params) != self.num_params:
+            raise ValueError(
+                f"{type(self).__name__} expects params of shape ({self.num_params}, *batch, d), parameter axis first, "
+                f"got shape {tuple(params.shape)}"
+            )
+        return params.movedim(-1, 1)
+
+    def _knot_slopes(self, raw: Tensor) -> Tensor:
+        """The `(K + 1, N)` raw slopes of all knots, in memory of their own: the conditioner's output is not kept."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"bins={self.bins}, low={self.box.low:g}, high={self.box.high:g}"
+
+
+@register("RationalQuadratic")
+class RationalQuadratic(_Element):
+    r"""Monotone rational-quadratic spline on [-bound, bound], the identity outside, with a continuous derivative.
+
+    K bins of widths and heights :math:`2B(m + (1 - K m) \operatorname{softmax})`, interior slopes
+    :math:`m + \operatorname{softplus}(a + c)`, c such that a = 0 gives 1, and end slopes 1; the curve in a bin is in
+    `rational_quadratic`. Zero params are the identity. Both directions are exact and cost the same; the end knots
+    are pinned, and any finite input and params give a finite value and gradient. In float32 |T(T^-1(y)) - y| stays
+    within 1e-5 bound or 8 eps bound (1 + slope) however rough the params; a bin flatter than that cannot do better.
+
+    "Neural Spline Flows" (Durkan, Bekasov, Murray, Papamakarios 2019, arXiv:1906.04032).
+
+    Args:
+        bins: K, at least 2. `num_params` is 3 K - 1: K widths, K heights, K - 1 slopes at the interior knots.
+        bound: B, half the side of the box.
+        min_width, min_height: m, the least share of the side a bin may have, in [1e-5, 1 / K).
+        min_slope: the least slope of a knot, in (0, 1). Between knots the curve may be flatter.
+
+    Raises:
+        ValueError: an argument out of range; in a call, params that are not `(num_params, *batch, d)`.
+
+    Example:
+        >>> import torch, flowpath as fp
+        >>> spline = fp.RationalQuadratic(8)
+        >>> y, ladj = spline.forward(torch.tensor([1.0, 7.0]), torch.ones(23, 2))
+        >>> y, bool((spline.inverse(y, torch.ones(23, 2))[0] - torch.tensor([1.0, 7.0])).abs().max() < 1e-6)
+        (tensor([1., 7.]), True)
+    """
+
+    def __init__(
+        self,
+        bins: int = 8,
+        *,
+        bound: float = 5.0,
+        min_width: float = 1e-3,
+        min_height: float = 1e-3,
+        min_slope: float = 1e-3,
+    ) -> None:
+        super().__init__(Box(bins, -bound, bound, min_width, min_height, min_slope), 3 * bins - 1)
+
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """x `(*batch, d)`, params `(num_params, *batch, d)` -> (y, ladj), each `(*batch, d)`."""
+        return self._map(x, self._rows(params), inverse=False)
+
+    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """The way back: (x, ladj), ladj of this direction."""
+        return self._map(y, self._rows(params), inverse=True)
+
+    def _knot_slopes(self, raw: Tensor) -> Tensor:
+        return F.pad(raw, (0, 0, 1, 1))
+
+
+@register("CircularRationalQuadratic")
+class CircularRationalQuadratic(_Element):
+    r"""Rational-quadratic spline of the circle [start, start + period): a smooth bijection of angles.
+
+    .. math:: y = S(x \bmod \text{period}) + \text{shift} \bmod \text{period}
+
+    S is the spline of `RationalQuadratic` on the period with equal slopes at both ends, which are free; the shift
+    turns the circle, so that no point of it is fixed. Inputs are wrapped into the period first (a far one loses the
+    digits its rounding took; infinities give NaN), outputs lie in it. Zero params are the identity of the circle.
+    Both directions are exact.
+
+    "Normalizing Flows on Tori and Spheres" (Rezende, Papamakarios, Racaniere, Albergo, Kanwar, Shanahan, Cranmer
+    2020, arXiv:2002.02428).
+
+    Args:
+        bins: K, at least 2. `num_params` is 3 K + 1: K widths, K heights, K slopes (of the knot that starts each
+            bin), and the shift, in the units of x.
+        period, start: the circle's length and where it is cut.
+        min_width, min_height, min_slope: as in `RationalQuadratic`.
+
+    Raises:
+        ValueError: an argument out of range; in a call, params that are not `(num_params, *batch, d)`.
+
+    Example:
+        >>> import torch, flowpath as fp
+        >>> spline = fp.CircularRationalQuadratic(4)
+        >>> y, ladj = spline.forward(torch.tensor([1.0, 1.0 + 2 * torch.pi]), torch.zeros(13, 2))
+        >>> bool((y - 1.0).abs().max() < 1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        bins: int = 8,
+        *,
+        period: float = 2.0 * math.pi,
+        start: float = -math.pi,
+        min_width: float = 1e-3,
+        min_height: float = 1e-3,
+        min_slope: float = 1e-3,
+    ) -> None:
+        box = Box(bins, start, start + period, min_width, min_height, min_slope, unit_ends=False)
+        super().__init__(box, 3 * bins + 1)
+        self.period, self.start = period, start
+
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """x `(*batch, d)`, params `(num_params, *batch, d)` -> (y, ladj), each `(*batch, d)`."""
+        rows, shift = self._rows(params).split((3 * self.bins, 1))
+        y, ladj = self._map(self._wrap(x), rows, inverse=False)
+        return self._wrap(y + shift[0].movedim(0, -1).to(x.dtype)), ladj
+
+    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """The way back: (x, ladj), ladj of this direction."""
+        rows, shift = self._rows(params).split((3 * self.bins, 1))
+        x, ladj = self._map(self._wrap(y - shift[0].movedim(0, -1).to(y.dtype)), rows, inverse=True)
+        return self._wrap(x), ladj
+
+    def _wrap(self, x: Tensor) -> Tensor:
+        z = self.start + torch.remainder(x - self.start, self.period)
+        return torch.where(z >= self.start + self.period, self.start, z)  # remainder may round up to the period
+
+    def _knot_slopes(self, raw: Tensor) -> Tensor:
+        return torch.cat((raw, raw[:1]))

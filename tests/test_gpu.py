@@ -1,0 +1,175 @@
+"""What must hold on a CUDA device: `pytest -m gpu`. Without one every test here skips and says so."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from registry import CASES, HIDDEN, Case, each_architecture, normal, rough_flow, small_flow
+from torch import nn
+from torch.distributions import Distribution, Independent, Normal, biject_to, constraints
+
+import flowpath as fp
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none"),
+]
+
+each_transform = pytest.mark.parametrize("case", [pytest.param(c, id=n) for n, c in CASES.items()])
+GPU = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def exact_matmuls() -> Iterator[None]:
+    """float32 without tf32, so that the two devices may be compared."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@each_transform
+def test_transform_equals_the_cpu(case: Case) -> None:
+    t, x, c = case.ready(), case.x(), case.c()
+    on_gpu, c_gpu = copy.deepcopy(t).to(GPU), None if c is None else c.to(GPU)
+    z, _ = t(x, c)
+    for got, want in (
+        (on_gpu(x.to(GPU), c_gpu), t(x, c)),
+        (on_gpu.inverse(z.detach().to(GPU), c_gpu), t.inverse(z.detach(), c)),
+    ):
+        for g, w in zip(got, want, strict=True):
+            assert g.device.type == "cuda" and torch.allclose(g.cpu(), w, atol=1e-8)
+
+
+@each_architecture
+@pytest.mark.parametrize("context", [0, 2], ids=["free", "context"])
+def test_flow_equals_the_cpu(name: str, context: int) -> None:
+    """Density, draws from the same noise, and their gradients, in float64."""
+    flow, x = rough_flow(name, 3, context), normal(8, 3)
+    c = normal(8, context) if context else None
+    on_gpu, found = copy.deepcopy(flow).to(GPU), []
+    for f, device in ((flow, "cpu"), (on_gpu, GPU)):
+        here = None if c is None else c.to(device)
+        drawn, log_q = f.rsample_and_log_prob(() if context else 8, here, noise=x.to(device))
+        scored = f.log_prob(x.to(device), here)
+        loss = drawn.sin().sum() + log_q.sum() + scored.sum()
+        grads = torch.autograd.grad(loss, list(f.parameters()), materialize_grads=True)
+        found.append([t.cpu() for t in (drawn, log_q, scored, *grads)])
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, atol=1e-7)
+
+
+@each_architecture
+def test_draws_are_made_on_the_device(name: str) -> None:
+    flow = small_flow(name).to(GPU)
+    generator = torch.Generator(GPU).manual_seed(0)
+    x, log_q = flow.rsample_and_log_prob(16, generator=generator)
+    assert x.device.type == log_q.device.type == "cuda"
+    assert torch.equal(x, flow.rsample(16, generator=torch.Generator(GPU).manual_seed(0)))
+    assert flow().sample((4,)).device.type == "cuda" and flow().mean.device.type == "cuda"
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        lambda: fp.DiagonalNormal(3),
+        lambda: fp.StudentT(3),
+        lambda: fp.BoxUniform(-50.0, 50.0, features=3),
+        lambda: fp.NormalMixture(3, 4),
+        lambda: Independent(Normal(torch.zeros(3), torch.ones(3)), 1),
+    ],
+    ids=["diagonal", "student", "uniform", "mixture", "torch"],
+)
+def test_bases_move(base: Callable) -> None:
+    flow = fp.Flow(fp.LU(3), base()).to(GPU)
+    x, log_q = flow.rsample_and_log_prob(16, generator=torch.Generator(GPU).manual_seed(0))
+    assert x.device.type == "cuda" and torch.allclose(flow.log_prob(x), log_q, atol=1e-4)
+
+
+def test_supports_move() -> None:
+    low, high = torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 5.0])
+    on = biject_to(constraints.independent(constraints.interval(low, high), 1))
+    flow = fp.Flow(fp.Chain([fp.from_torch(on), fp.LU(2)]), fp.StandardNormal(2)).to(GPU)
+    x = flow.sample(50)
+    assert bool(flow.support.check(x).all()) and flow.log_prob(x).device.type == "cuda"
+
+
+def test_mixed_devices_are_refused_by_name() -> None:
+    flow = small_flow("nsf", 3, 2).to(GPU)
+    with pytest.raises(ValueError, match="Flow is on cuda:0, got x on cpu; move one with .to"):
+        flow.log_prob(torch.zeros(4, 3), torch.zeros(4, 2, device=GPU))
+    with pytest.raises(ValueError, match="Flow is on cuda:0, got context on cpu; move one with .to"):
+        flow.log_prob(torch.zeros(4, 3, device=GPU), torch.zeros(4, 2))
+    with pytest.raises(ValueError, match="got noise on cpu"):
+        flow.sample(4, torch.zeros(2, device=GPU), noise=torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize("name", ["realnvp", "nsf", "gaussian"])
+def test_parallel_flows_never_wait_for_the_device(name: str) -> None:
+    """No `.item()`, no branch on data: density, draws and both gradients queue up without one synchronisation."""
+    flow, x = small_flow(name, 4).to(GPU), torch.randn(64, 4, device=GPU)
+
+    def step() -> None:
+        _, log_q = flow.rsample_and_log_prob(64)
+        (flow.log_prob(x).sum() + log_q.sum()).backward()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_default_device_builds_there() -> None:
+    torch.set_default_device(GPU)
+    try:
+        flow = fp.nsf_autoregressive(4, 2, hidden_features=HIDDEN, transforms=2)
+        assert flow.sample(5, torch.zeros(2)).device.type == "cuda"
+    finally:
+        torch.set_default_device(None)
+    assert all(t.device.type == "cuda" for t in (*flow.parameters(), *flow.buffers()))
+
+
+@pytest.mark.parametrize("name", ["nsf", "maf"])
+def test_no_tensor_stays_behind(name: str) -> None:
+    flow = small_flow(name, 4, 2).to(GPU)
+    assert all(t.device.type == "cuda" for t in (*flow.parameters(), *flow.buffers()))
+    flow.cpu()
+    assert flow.sample(2, torch.zeros(2)).device.type == "cpu"
+
+
+def test_saved_on_the_device_and_loaded_on_the_cpu(tmp_path: Path) -> None:
+    flow = fp.nsf(3, hidden_features=HIDDEN, transforms=2).to(GPU)
+    nn.init.normal_(next(flow.parameters()))
+    x = torch.randn(8, 3)
+    fp.save(flow, tmp_path / "flow.safetensors")
+    loaded = fp.load(tmp_path / "flow.safetensors")
+    assert next(loaded.parameters()).device.type == "cpu"
+    assert torch.allclose(loaded.log_prob(x), flow.log_prob(x.to(GPU)).cpu(), atol=1e-4)
+
+
+def test_fit_runs_on_the_device_and_returns_the_flow_there() -> None:
+    flow = fp.nsf(2, hidden_features=HIDDEN, transforms=2)
+    x = normal(512, 2, dtype=torch.float32) * 0.3 + 1.0
+    result = fp.fit(flow, x, epochs=3, seed=0, device="cuda", progress=False)
+    assert next(result.flow.parameters()).device.type == "cuda"
+    assert bool(result.flow.log_prob(x.to(GPU)).isfinite().all())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["nsf", "maf"])
+def test_compiled_on_the_device(name: str) -> None:
+    flow, x = small_flow(name, 4).to(GPU), torch.randn(64, 4, device=GPU)
+    validate = Distribution._validate_args
+    try:
+        compiled = torch.compile(flow.log_prob, fullgraph=True)
+        assert torch.allclose(compiled(x), flow.log_prob(x), atol=1e-4)
+    finally:
+        torch._dynamo.reset()
+        Distribution.set_default_validate_args(validate)
