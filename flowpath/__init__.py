@@ -13,11 +13,14 @@ from flowpath.bases import (
     StandardNormal,
     StudentT,
 )
+from flowpath.diagnostics import GradientRow, GradientTable, ess, gradient_variance, log_evidence, psis
+from flowpath.draws import Draw, Sobol, draw
+from flowpath.estimators import Enumerate, Estimator, Pathwise, Score, expectation
 from flowpath.flow import Flow, FlowDistribution
 from flowpath.interop import from_torch
 from flowpath.io import load, save
 from flowpath.nets import MLP, MaskedMLP, ParamsLast, ResidualMLP, Standardize
-from flowpath.objectives import MaximumLikelihood
+from flowpath.objectives import ForwardKL, MaximumLikelihood
 from flowpath.registry import register
 from flowpath.training import FitResult, fit, log_prob
 from flowpath.transform import Chain, Conditioner, Element, Inverse, Record, Transform
@@ -36,6 +39,7 @@ from flowpath.transforms import (
     TriangularAffine,
     Whiten,
 )
+from flowpath.variational import IWBound, LogVariance, ReverseKL
 
 __version__ = "0.1.0"
 
@@ -53,37 +57,55 @@ __all__ = [
     "Conditioner",
     "Coupling",
     "DiagonalNormal",
+    "Draw",
     "Element",
     "Elementwise",
+    "Enumerate",
+    "Estimator",
     "FitResult",
     "Flow",
     "FlowDistribution",
+    "ForwardKL",
+    "GradientRow",
+    "GradientTable",
     "Householder",
+    "IWBound",
     "Inverse",
+    "LogVariance",
     "MaskedAutoregressive",
     "MaskedMLP",
     "MaximumLikelihood",
     "NormalMixture",
     "ParamsLast",
+    "Pathwise",
     "Permutation",
     "RationalQuadratic",
     "Record",
     "ResidualMLP",
+    "ReverseKL",
+    "Score",
+    "Sobol",
     "StandardNormal",
     "Standardize",
     "StudentT",
     "Transform",
     "TriangularAffine",
     "Whiten",
+    "draw",
+    "ess",
+    "expectation",
     "fit",
     "from_torch",
     "gaussian",
+    "gradient_variance",
     "iaf",
     "load",
+    "log_evidence",
     "log_prob",
     "maf",
     "nsf",
     "nsf_autoregressive",
+    "psis",
     "realnvp",
     "register",
     "save",

@@ -152,7 +152,7 @@ class StudentT(Base):
 
     Example:
         >>> import torch, flowpath as fp
-        >>> fp.StudentT(2, df=4.0).log_prob(torch.zeros(1, 2))
+        >>> fp.StudentT(2, df=4.0).log_prob(torch.zeros(1, 2)).detach()
         tensor([-1.9617])
     """
 

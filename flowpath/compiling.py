@@ -51,8 +51,18 @@ class Runner:
             _warn_plain(f"there is no compiler ({'Triton' if device.type == 'cuda' else 'g++ or clang++'})")
 
     def _compile(self) -> None:
-        with _validation_kept():
-            self._call, self.compiled, self._auto = torch.compile(self._objective), True, False
+        self._auto = False
+        try:
+            with _validation_kept():
+                self._call, self.compiled = torch.compile(self._objective), True
+        except Exception as error:
+            self._fall_back(error)
+
+    def _fall_back(self, error: Exception) -> None:
+        self._call, self.compiled = self._objective, False
+        self._objective.zero_grad(set_to_none=True)
+        first = next(iter(str(error).splitlines()), "")
+        _warn_plain(f"compilation failed: {type(error).__name__}: {first}")
 
     def __call__(self, *batch: Tensor | None) -> Tensor:
         """The loss of a batch, its gradients left in the parameters (none where the loss is not finite)."""
@@ -62,10 +72,7 @@ class Runner:
             with _validation_kept():
                 return _backward(self._call, batch)
         except Exception as error:  # whatever a compiler may raise; the plain call raises again what is the user's
-            self._call, self.compiled = self._objective, False
-            self._objective.zero_grad(set_to_none=True)
-            first = next(iter(str(error).splitlines()), "")
-            _warn_plain(f"compilation failed: {type(error).__name__}: {first}")
+            self._fall_back(error)
             return _backward(self._objective, batch)
 
     def observe(self, step: int, seconds: float, progress: float) -> None:

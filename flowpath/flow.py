@@ -15,7 +15,7 @@ from torch.distributions import Distribution, constraints
 
 from flowpath.bases import Base, TorchBase
 from flowpath.registry import register
-from flowpath.transform import Chain, Cost, Transform, check_context, check_inputs, check_like
+from flowpath.transform import Chain, Cost, Record, Transform, check_context, check_inputs, check_like
 
 Shape = int | Sequence[int]
 _MANY_DRAWS = 10_000  # draws from which on a sequential sampler is worth a word
@@ -28,6 +28,21 @@ class Layer(NamedTuple):
     name: str
     value: Tensor
     ladj: Tensor
+
+
+class Recorded(NamedTuple):
+    """A pass of a flow with what path gradients need.
+
+    z and x; log q0(z), with z in its graph and with z held; the forward ladj; the transform's record; d log q0 / dz.
+    """
+
+    z: Tensor
+    x: Tensor
+    log_base: Tensor
+    log_base_held: Tensor
+    ladj: Tensor
+    record: Record
+    base_score: Tensor
 
 
 @register("Flow")
@@ -156,6 +171,28 @@ class Flow(nn.Module):
         x, ladj = self.transform._inverse(z, context if self.transform.context else None)
         return x, self.base.log_prob(z, context if self.base.context else None) - ladj
 
+    def record_draws(self, num_samples: Shape, context: Tensor | None = None, noise: Tensor | None = None) -> Recorded:
+        """`rsample_and_log_prob` with what `Transform.pull_score` needs: draws for path gradients."""
+        z, context = self._draw_base(as_shape(num_samples), context, None, noise)
+        x, ladj, record = self.transform.record("inverse", z, context if self.transform.context else None)
+        return self._recorded(z, x, -ladj, record, context)
+
+    def record_noise(self, x: Tensor, context: Tensor | None = None) -> Recorded:
+        """`log_prob` with what `Transform.pull_score` needs to carry the score of another density of x to the noise."""
+        x, context = check_inputs(self, "x", x, self.event_shape, *self._context(context))
+        z, ladj, record = self.transform.record("forward", x, context if self.transform.context else None)
+        return self._recorded(z, x, ladj, record, context)
+
+    def _recorded(self, z: Tensor, x: Tensor, ladj: Tensor, record: Record, context: Tensor | None) -> Recorded:
+        """The base's log density at z and, as a constant, its score there; ladj is the forward one."""
+        given = context if self.base.context else None
+        log_base = self.base.log_prob(z, given)
+        with torch.enable_grad():
+            held = z.detach().requires_grad_()
+            log_held = self.base.log_prob(held, given)
+            (score,) = torch.autograd.grad(log_held.sum(), held, retain_graph=True, materialize_grads=True)
+        return Recorded(z, x, log_base, log_held, ladj, record, score)
+
     def to_noise(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The noise z = T(x) behind data x."""
         x, context = check_inputs(self, "x", x, self.event_shape, *self._context(context))
@@ -275,13 +312,17 @@ class FlowDistribution(TorchDistribution):
         self, sample_shape: Shape = (), *, generator: torch.Generator | None = None, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Draws `(*sample_shape, *batch_shape, *event)` and their log density, from one pass."""
+        shape, context = self.request(sample_shape)
+        return self.flow.rsample_and_log_prob(shape, context, generator=generator, noise=noise)
+
+    def request(self, sample_shape: Shape) -> tuple[tuple[int, ...], Tensor | None]:
+        """What to ask of the flow for draws of `sample_shape`: a shape and the context, expanded to the batch shape."""
         held = () if self.context is None else self.context.shape[:-1]
         new = self.batch_shape[: len(self.batch_shape) - len(held)]
         context = self.context
         if context is not None and self.batch_shape[len(new) :] != held:
             context = context.expand(*self.batch_shape[len(new) :], context.shape[-1])
-        shape = (*as_shape(sample_shape), *new)
-        return self.flow.rsample_and_log_prob(shape, context, generator=generator, noise=noise)
+        return (*as_shape(sample_shape), *new), context
 
     def rsample(self, sample_shape: Shape = ()) -> Tensor:
         """Draws whose gradients travel the path."""

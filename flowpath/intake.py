@@ -173,7 +173,9 @@ def _check_weighs(rows: Rows | None, name: str) -> None:
     """The weights of held-out rows can average something."""
     total = 1.0 if rows is None or rows.weights is None else float(rows.weights.sum())
     if total <= 0:
-        raise ValueError(f"fit: the weights of the {name} rows sum to {total:g}; hold out more rows, or pass rows that weigh")
+        raise ValueError(
+            f"fit: the weights of the {name} rows sum to {total:g}; hold out more rows, or pass rows that weigh"
+        )
 
 
 def _fingerprint(rows: Rows) -> int:

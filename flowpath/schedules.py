@@ -11,15 +11,16 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 ScheduleName = Literal["cosine", "constant", "plateau"]
 _PLATEAU_FACTOR = 0.3
+_COOLING = 0.2  # the share of the budget over which "plateau" goes to zero at its end
 
 
 class Schedule:
     """The learning rate of the next step: the optimizer's own rate times a factor.
 
     Args:
-        spec: "cosine" (to zero at the end of the budget, half a cosine), "constant", "plateau" (times 0.3 whenever
-            validation has not improved for half the patience), or a function optimizer -> torch LRScheduler, which
-            is stepped after every step.
+        spec: "plateau" (times 0.3 whenever validation has not improved for half the patience, and down to zero over
+            the last fifth of the budget), "cosine" (half a cosine over the budget), "constant", or a function
+            optimizer -> torch LRScheduler, which is stepped after every step.
         optimizer: whose rate it sets.
         patience: epochs, for "plateau".
 
@@ -50,10 +51,15 @@ class Schedule:
                 self._theirs.step()
             self._begun = True
             return float(self._optimizer.param_groups[0]["lr"])
-        factor = 0.5 * (1.0 + math.cos(math.pi * progress)) if self._spec == "cosine" else self._factor
+        factor = self._factor_at(progress)
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         return self._rates[0] * factor
+
+    def _factor_at(self, progress: float) -> float:
+        if self._spec == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        return self._factor * min(1.0, (1.0 - progress) / _COOLING) if self._spec == "plateau" else 1.0
 
     @property
     def rate(self) -> float:

@@ -47,7 +47,7 @@ def fit(
     steps: int | None = None,
     learning_rate: float = 1e-3,
     optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
-    schedule: ScheduleName | Callable[[Optimizer], LRScheduler] = "cosine",
+    schedule: ScheduleName | Callable[[Optimizer], LRScheduler] = "plateau",
     patience: int | None = 20,
     clip: float | None = 5.0,
     time_limit: float | None = None,
@@ -83,7 +83,8 @@ def fit(
             iterator needs steps or a time limit.
         learning_rate: of the default optimizer, Adam.
         optimizer: parameters -> Optimizer, in place of Adam.
-        schedule: "cosine", "constant", "plateau", or optimizer -> LRScheduler, stepped every step.
+        schedule: "plateau" (lowered when validation stalls, to zero over the last fifth of the budget), "cosine",
+            "constant", or optimizer -> LRScheduler, stepped every step.
         patience: epochs without a better validation score that end the fit (more where an epoch has few steps); None to
             spend the budget.
         clip: largest gradient norm, or None.

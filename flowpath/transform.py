@@ -391,8 +391,8 @@ def _chain_shapes(parts: Sequence[Transform]) -> tuple[torch.Size | None, torch.
     for i, t in enumerate(parts):
         if t.data_shape not in (None, current):
             raise ValueError(
-                f"Chain: transform {i} ({type(t).__name__}) expects {_words(t.data_shape or ())}, but what comes before "
-                f"gives {_words(current)}"
+                f"Chain: transform {i} ({type(t).__name__}) expects {_words(t.data_shape or ())}, but what comes "
+                f"before gives {_words(current)}"
             )
         current = t.shape_after("forward", current)
     return data, current

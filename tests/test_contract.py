@@ -1,4 +1,4 @@
-"""What a user may get wrong, each with the words that tell: inputs, contexts, constructors. And the house's own guard."""
+"""What a user may get wrong, each with the words that tell: inputs, contexts, constructors. And conftest's guard."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pyro
 import pytest
 import torch
 from registry import ARCHITECTURES, HIDDEN, each_architecture, rough_flow, small_flow
-from torch import nn
 from torch import distributions as td
+from torch import nn
 
 import flowpath as fp
 from flowpath.flow import as_shape
@@ -196,8 +196,8 @@ CALLS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "whiten-duplicate": (
         lambda: fp.Whiten(2, "full").set_from(torch.randn(20, 1).expand(20, 2)),
         ValueError,
-        "Whiten.set_from: column 1 is, to rounding, a linear function of the columns before it (a duplicate?); drop it, "
-        'or use mode="diagonal"',
+        "Whiten.set_from: column 1 is, to rounding, a linear function of the columns before it (a duplicate?); "
+        'drop it, or use mode="diagonal"',
     ),
     "spline-params": (
         lambda: fp.RationalQuadratic(4).forward(X, torch.zeros(4, 3, 11)),

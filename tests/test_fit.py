@@ -95,7 +95,7 @@ def test_held_out_rows_must_weigh_something() -> None:
     w[1:] = 0
     w[1:3] = 1
     with pytest.raises(ValueError, match="weights of the validation rows sum to 0"):
-        quick(x=rows(), weights=w, validation=0.01, seed=1)
+        quick(x=rows(), weights=w, validation=0.01, seed=2)
 
 
 def test_context_is_used() -> None:
@@ -425,6 +425,11 @@ def test_plateau_lowers_the_rate_after_half_the_patience() -> None:
     assert rates == pytest.approx([1, 1, 0.3, 0.3, 0.09, 0.09])
 
 
+def test_plateau_ends_at_zero() -> None:
+    schedule = Schedule("plateau", torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
+    assert [schedule.apply(p) for p in (0.8, 0.9, 1.0)] == pytest.approx([1.0, 0.5, 0.0])
+
+
 def test_callbacks_see_the_state() -> None:
     seen = []
     flow = tiny()
@@ -494,12 +499,13 @@ def test_without_a_compiler_it_warns_and_runs(monkeypatch: pytest.MonkeyPatch) -
         assert not quick(compile=True).compiled
 
 
-def test_failed_compilation_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(module: nn.Module) -> Callable[..., Any]:
-        def call(*batch: Any) -> Any:
-            raise RuntimeError("no such backend")
+@pytest.mark.parametrize("late", [True, False], ids=["at the first step", "at once"])
+def test_failed_compilation_falls_back_with_one_warning(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*batch: Any) -> Any:
+        raise RuntimeError("no such backend")
 
-        return call
+    def broken(module: nn.Module) -> Callable[..., Any]:
+        return fail if late else fail()
 
     monkeypatch.setattr(torch, "compile", broken)
     monkeypatch.setattr(compiling, "has_compiler", lambda device: True)

@@ -1,4 +1,4 @@
-"""One property a test, over every transform: those of `flowpath.testing`, and those that need more than one transform."""
+"""One property a test, over every transform: those of `flowpath.testing`, and some that need more than one."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_rough_parameters_stay_finite(name: str, dtype: torch.dtype, factor: flo
     t, x, c = amplify(case.ready(), factor).to(dtype), case.x().to(dtype), case.c()
     c = None if c is None else c.to(dtype)
     for direction in ("forward", "inverse"):
-        testing._finite(t, direction, x, c, f"{direction}, x{factor:g}")
+        testing.finite(t, direction, x, c)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("factor", [10.0, 100.0])
@@ -182,7 +182,7 @@ def test_check_transform_passes_a_right_one() -> None:
     ("wrong", "named"),
     [
         (WrongLadj, "ladj_is_slogdet: forward, row 0: off by"),
-        (WrongInverse, "round_trip: forward and back: off by"),
+        (WrongInverse, "round_trip: forward and back, value: off by"),
         (LadjPerFeature, "shapes: forward of batch ()"),
         (MixesRows, "batch_is_loop: forward, value: off by"),
         (Detaches, "derivatives"),

@@ -1,4 +1,4 @@
-"""The rational-quadratic splines: against nflows and autodiff, at knots and edges, and with rough float32 numbers."""
+"""The rational-quadratic splines: against nflows and autodiff, at knots and edges, rough in float32."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ elements = pytest.mark.parametrize(
     "element", [RationalQuadratic(4), CircularRationalQuadratic(4)], ids=["interval", "circle"]
 )
 rough = pytest.mark.parametrize("scale", [1.0, 3.0, 10.0, 100.0], ids="scale{:g}".format)
-quiet_jvp = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own
+quiet_jvp = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -34,10 +34,10 @@ def numbers(element: nn.Module, *batch: int, scale: float = 1.0, seed: int = 1, 
     return scale * normal(element.num_params, d, *rows, seed=seed, **kw).movedim(1, -1)
 
 
-def gradients(run: Callable, *inputs: Tensor, create_graph: bool = False, seed: int = 5) -> tuple[Tensor, ...]:
+def gradients(run: Callable, *inputs: Tensor, create_graph: bool = False) -> tuple[Tensor, ...]:
     inputs = tuple(v.detach().requires_grad_() for v in inputs)
     y, ladj = run(*inputs)
-    weights = normal(2, *y.shape, seed=seed).to(y.dtype)
+    weights = normal(2, *y.shape, seed=5).to(y.dtype)
     return torch.autograd.grad((y, ladj), inputs, tuple(weights), create_graph=create_graph)
 
 
@@ -51,7 +51,7 @@ def on_circle(a: Tensor, b: Tensor, period: float) -> Tensor:
     return (torch.remainder(a - b + period / 2.0, period) - period / 2.0).abs()
 
 
-# --- what it computes --------------------------------------------------------------------------------------------
+# --- what it computes ---------------------------------------------------------------------------------------
 
 
 @both_ways
@@ -99,7 +99,7 @@ def test_inverse_undoes_forward(element: nn.Module, scale: float) -> None:
     torch.testing.assert_close(element.forward(back, params)[1], -ladj_back, rtol=0.0, atol=1e-9)
 
 
-# --- knots, edges, tails -----------------------------------------------------------------------------------------
+# --- knots, edges, tails ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bound", [0.1, 5.0, 64.0])
@@ -177,7 +177,7 @@ def test_nan_params_spoil_their_own_element_only(element: nn.Module) -> None:
     assert y.isnan().sum() == 1
 
 
-# --- rough numbers in float32 ------------------------------------------------------------------------------------
+# --- rough numbers in float32 -------------------------------------------------------------------------------
 
 
 def rough_case(bound: float, scale: float, bins: int = 8) -> tuple[RationalQuadratic, Tensor, Tensor]:
@@ -185,8 +185,9 @@ def rough_case(bound: float, scale: float, bins: int = 8) -> tuple[RationalQuadr
     element = RationalQuadratic(bins, bound=bound)
     params = numbers(element, 1000, 1, scale=scale, dtype=torch.float32)
     inside = bound * (2.0 * torch.rand(20, 1000, 1, generator=torch.Generator().manual_seed(2)) - 1.0)
-    edges = torch.tensor([-1e30, -1e6, -bound, bound, 1.5 * bound, 1e6, 1e30]).view(-1, 1, 1).expand(-1, 1000, 1)
-    return element, torch.cat((inside, edges)).sort(0).values, params.unsqueeze(1)
+    edges = torch.tensor([-1e30, -1e6, -bound, bound, 1.5 * bound, 1e6, 1e30]).view(-1, 1, 1)
+    x = torch.cat((inside, edges.expand(-1, 1000, 1))).sort(0).values
+    return element, x, params.unsqueeze(1)
 
 
 @rough
@@ -206,7 +207,7 @@ def test_rough_float32_is_finite_and_monotone(scale: float, way: str, bound: flo
 @pytest.mark.parametrize("bound", [3.0, 50.0])
 @pytest.mark.parametrize("bins", [2, 8, 32])
 def test_rough_float32_is_inverted(scale: float, bound: float, bins: int) -> None:
-    """|T(T^-1(y)) - y| <= 1e-5 bound, or x moved by no more than dx = 8 eps bound (1 + 1 / slope): dy = slope dx.
+    """|T(T^-1(y)) - y| <= 1e-5 bound, or slope dx for dx = 8 eps bound (1 + 1 / slope).
 
     Either way the two log-derivatives at the point the inverse returns are one number.
     """
@@ -241,7 +242,8 @@ def test_rough_float32_agrees_with_float64(scale: float) -> None:
 @pytest.mark.parametrize("create_graph", [False, True], ids=["analytic", "plain"])
 def test_rough_float32_gradients_are_finite(scale: float, way: str, create_graph: bool) -> None:
     element, x, params = rough_case(5.0, scale)
-    for g in gradients(getattr(element, way), x, params.expand(-1, len(x), -1, -1), create_graph=create_graph):
+    params = params.expand(-1, len(x), -1, -1)
+    for g in gradients(getattr(element, way), x, params, create_graph=create_graph):
         assert g.isfinite().all()
 
 
@@ -255,7 +257,7 @@ def test_large_slopes_and_flat_bins_keep_the_gradient_of_float64(element: nn.Mod
         assert ((a - b).abs() <= 2e-3 * (1.0 + b.abs())).float().mean() > 0.99
 
 
-# --- derivatives and torch's transforms --------------------------------------------------------------------------
+# --- derivatives and torch's transforms ---------------------------------------------------------------------
 
 
 @elements
@@ -318,8 +320,9 @@ def test_vmap_equals_a_batch(element: nn.Module, way: str) -> None:
         torch.testing.assert_close(a, b)
     rows = torch.vmap(torch.func.grad(lambda *v: score(element, way, *v)), (0, 1))(x, params)
     torch.testing.assert_close(rows, torch.autograd.grad(score(element, way, x, params), x)[0])
-    together = torch.autograd.functional.jacobian(lambda v: run(v, params)[1].sum(0), x, vectorize=True)
-    torch.testing.assert_close(together, torch.autograd.functional.jacobian(lambda v: run(v, params)[1].sum(0), x))
+    jacobian = torch.autograd.functional.jacobian
+    one, together = (jacobian(lambda v: run(v, params)[1].sum(0), x, vectorize=v) for v in (False, True))
+    torch.testing.assert_close(together, one)
 
 
 @pytest.fixture
@@ -336,16 +339,12 @@ def compiled(run: Callable) -> Callable:
 
 
 @pytest.mark.usefixtures("validation")
-@pytest.mark.parametrize(
-    ("element", "way"),
-    [(RationalQuadratic(3), "forward"), (CircularRationalQuadratic(3), "inverse")],
-    ids=["interval-forward", "circle-inverse"],
-)
-def test_compiles_in_one_graph_for_any_batch(element: nn.Module, way: str) -> None:
-    run = compiled(getattr(element, way))
+def test_compiles_in_one_graph_for_any_batch() -> None:
+    element = CircularRationalQuadratic(3)
+    run = compiled(element.inverse)
     for n in (4, 7):
         x, params = 3.0 * normal(n, 2, seed=n), numbers(element, n, 2)
-        for a, b in zip(run(x, params), getattr(element, way)(x, params), strict=True):
+        for a, b in zip(run(x, params), element.inverse(x, params), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
@@ -358,7 +357,7 @@ def test_compiled_gradient_equals_the_analytic_one() -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-# --- shapes, dtypes, memory --------------------------------------------------------------------------------------
+# --- shapes, dtypes, memory ---------------------------------------------------------------------------------
 
 
 @elements
@@ -367,7 +366,8 @@ def test_compiled_gradient_equals_the_analytic_one() -> None:
 def test_params_and_x_broadcast(element: nn.Module, way: str, batch: tuple[int, ...]) -> None:
     x, params, run = normal(*batch, 3), numbers(element, *batch, 3), getattr(element, way)
     for free in (params[(slice(None), *(slice(1),) * len(batch))], numbers(element, 3)):
-        full = free.reshape(len(free), *(1,) * len(batch), 3).expand(-1, *batch, -1) if 0 not in batch else params
+        full = free.reshape(len(free), *(1,) * len(batch), 3) if 0 not in free.shape else params
+        full = full.expand(-1, *batch, -1)
         for a, b in zip(run(x, free), run(x, full), strict=True):
             assert a.shape == x.shape
             torch.testing.assert_close(a, b)
@@ -388,7 +388,8 @@ def test_any_strides_give_the_same(way: str) -> None:
     element = RationalQuadratic(5)
     x, params = normal(7, 3), numbers(element, 7, 3)
     ours = gradients(getattr(element, way), x, params)
-    theirs = gradients(getattr(element, way), x.t().contiguous().t(), params.movedim(0, -1).contiguous().movedim(-1, 0))
+    x, params = x.t().contiguous().t(), params.movedim(0, -1).contiguous().movedim(-1, 0)
+    theirs = gradients(getattr(element, way), x, params)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -468,7 +469,7 @@ def test_widths_heights_and_slopes_have_their_floors() -> None:
     assert piece.slopes[1, -1] == 1.0
 
 
-# --- the circle --------------------------------------------------------------------------------------------------
+# --- the circle ---------------------------------------------------------------------------------------------
 
 
 @both_ways
@@ -477,7 +478,8 @@ def test_widths_heights_and_slopes_have_their_floors() -> None:
 def test_circle_wraps(way: str, start: float, period: float, dtype: torch.dtype) -> None:
     element = CircularRationalQuadratic(5, start=start, period=period)
     x = start + period * torch.rand(200, 1, generator=torch.Generator().manual_seed(3), dtype=dtype)
-    x[:4, 0] = torch.tensor([start, start + period, start - 1e-9, math.nextafter(start + period, 0.0)], dtype=dtype)
+    ends = [start, start + period, start - 1e-9, math.nextafter(start + period, 0.0)]
+    x[:4, 0] = torch.tensor(ends, dtype=dtype)
     params = numbers(element, 1, scale=2.0, dtype=dtype)
     tolerance = 1e3 * torch.finfo(dtype).eps * (period + abs(start))
     y, ladj = getattr(element, way)(x, params)
@@ -520,13 +522,14 @@ def test_circle_shift_moves_every_point() -> None:
 @both_ways
 def test_rough_circle_is_finite(scale: float, way: str) -> None:
     element = CircularRationalQuadratic(8)
-    x, params = 4.0 * normal(2000, 1, dtype=torch.float32), numbers(element, 2000, 1, scale=scale, dtype=torch.float32)
+    x = 4.0 * normal(2000, 1, dtype=torch.float32)
+    params = numbers(element, 2000, 1, scale=scale, dtype=torch.float32)
     x[:4, 0] = torch.tensor([1e6, -1e6, 1e30, -1e30])
     for v in (*getattr(element, way)(x, params), *gradients(getattr(element, way), x, params)):
         assert v.isfinite().all()
 
 
-# --- errors ------------------------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

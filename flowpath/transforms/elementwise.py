@@ -56,8 +56,8 @@ class Affine(nn.Module):
     Example:
         >>> import torch, flowpath as fp
         >>> y, ladj = fp.Affine().forward(torch.tensor([3.0]), torch.zeros(2, 1))
-        >>> y, ladj
-        (tensor([3.]), tensor([0.]))
+        >>> torch.allclose(y, torch.tensor([3.0])), torch.allclose(ladj, torch.tensor([0.0]), atol=1e-6)
+        (True, True)
     """
 
     num_params = 2
@@ -147,8 +147,8 @@ def check_element(who: str, element: Element) -> None:
     """It has what the protocol asks for."""
     if not isinstance(element, Element):
         raise TypeError(
-            f"{who} expects an Element, got {type(element).__name__}; an Element has num_params, forward(x, params) and "
-            "inverse(y, params)"
+            f"{who} expects an Element, got {type(element).__name__}; an Element has num_params, forward(x, params), "
+            "and inverse(y, params)"
         )
 
 

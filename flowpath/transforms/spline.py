@@ -20,8 +20,8 @@ from flowpath.registry import register
 class Box:
     """The square [low, high]^2 that K = `bins` bins fill, and the least they may be.
 
-    `min_width` and `min_height` are shares of the side. `unit_ends` fixes the slopes of the two end knots at 1, as
-    identity tails need.
+    `min_width` and `min_height` are shares of the side. `unit_ends` fixes the slopes of the two end knots at
+    1, as identity tails need.
     """
 
     bins: int
@@ -46,14 +46,18 @@ class Box:
 
     @cached_property
     def sums(self) -> tuple[np.ndarray, np.ndarray]:
-        """b `(2, K + 1, 1)` and A `(2, K + 1, K)`: b + A p are the knots of fractions p, the end ones pinned."""
+        """b `(2, K + 1, 1)` and A `(2, K + 1, K)`: b + A p are the knots of fractions p, end ones pinned."""
         j = np.arange(self.bins + 1.0)[:, None]
         floors, free = np.reshape(self.floors, (2, 1, 1)), np.reshape(self.free, (2, 1, 1))
-        return np.where(j < self.bins, self.low + j * floors, self.high), ((j > j[:-1].T) & (j < self.bins)) * free
+        base = np.where(j < self.bins, self.low + j * floors, self.high)
+        return base, ((j > j[:-1].T) & (j < self.bins)) * free
+
+
+Pair = tuple[Tensor, Tensor]
 
 
 class _Piece(NamedTuple):
-    """The bin k of each element, its (width, height) and end slopes, and the element's place t = 1 - u in it."""
+    """The bin k of each element, its (width, height) and end slopes, and the place t = 1 - u in it."""
 
     k: Tensor
     sides: Tensor
@@ -73,16 +77,17 @@ def rational_quadratic(
     .. math:: y = y_0 + h \frac{t A_1}{D}, \quad \frac{dy}{dx} = \frac{s^2 q}{D^2}, \quad
               D = u A_0 + t A_1, \quad q = t A_0 + u A_1, \quad A_0 = d_1 t + s u, \quad A_1 = s t + d_0 u
 
-    (eqs 4 and 5 of "Neural Spline Flows", Durkan, Bekasov, Murray, Papamakarios 2019, arXiv:1906.04032, in positive
-    terms only). The inverse is exact; its log-derivative is minus the forward one at the very point it returns,
-    rounding included, so that a sample and its density agree. First derivatives are analytic and keep no more K-wide
-    tensors than p and the slopes; create_graph, torch.func and torch.compile differentiate the plain operations.
+    (eqs 4 and 5 of "Neural Spline Flows", Durkan, Bekasov, Murray, Papamakarios 2019, arXiv:1906.04032, in
+    positive terms only). The inverse is exact; its log-derivative is minus the forward one at the very point
+    it returns, rounding included, so that a sample and its density agree. First derivatives are analytic and
+    keep no K-wide tensors but p and the slopes; create_graph, torch.func and torch.compile differentiate the
+    plain operations.
 
     Args:
         x: `(N,)`; the y to go back from where `inverse`.
         p: `(2, K, N)`: widths and heights above their floors, as fractions that sum to one.
-        raw_slopes: `(K + 1, N)`, one a knot: slope = min_slope + softplus(raw + c), with c so that raw = 0 gives 1.
-            With `box.unit_ends` the first and last row do not count.
+        raw_slopes: `(K + 1, N)`, one a knot: slope = min_slope + softplus(raw + c), c so that raw = 0 gives
+            1. With `box.unit_ends` the first and last row do not count.
         box: where the spline acts, and its floors.
         inverse: the direction.
 
@@ -96,7 +101,7 @@ def rational_quadratic(
 
 
 def _no_backward() -> bool:
-    """Whether there is no backward pass to save for, or torch differentiates the operations themselves."""
+    """Whether there is nothing to save for a backward pass, or torch differentiates the operations itself."""
     return (
         not torch.is_grad_enabled()
         or torch.compiler.is_compiling()
@@ -109,14 +114,12 @@ def _plain(x: Tensor, p: Tensor, raw_slopes: Tensor, box: Box, inverse: bool) ->
     return _evaluate(x, p, raw_slopes, box, inverse)[:2]
 
 
-def _evaluate(
-    x: Tensor, p: Tensor, raw_slopes: Tensor, box: Box, inverse: bool
-) -> tuple[Tensor, Tensor, _Piece]:
+def _evaluate(x: Tensor, p: Tensor, raw: Tensor, box: Box, inverse: bool) -> tuple[Tensor, Tensor, _Piece]:
     knots, inner = _knots(p, box), x.clamp(box.low, box.high)  # clamped, so that gradients outside are finite
     k = _bin(inner, knots[int(inverse)])
     ends = torch.cat((k, k + 1.0)).long()
     corners = knots.gather(1, ends.expand(2, *ends.shape))
-    slopes = _slopes(raw_slopes.gather(0, ends), k, box)
+    slopes = _slopes(raw.gather(0, ends), k, box)
     sides = corners[:, 1] - corners[:, 0]
     (x0, x1), (y0, y1), (w, h), (d0, d1) = corners[0], corners[1], sides, slopes
     s = h / w
@@ -133,7 +136,7 @@ def _evaluate(
 
 
 def _knots(p: Tensor, box: Box) -> Tensor:
-    """The `(2, K + 1, N)` knots in x and y. A small matmul is fastest on a CPU; tf32 or bf16 would spoil them."""
+    """The `(2, K + 1, N)` knots in x and y. Matmul is fastest on a CPU; tf32 or bf16 would spoil them."""
     if not torch.compiler.is_compiling() and _matmul_is_exact(p):
         base, matrix = box.sums
         return torch.baddbmm(torch.from_numpy(base).to(p), torch.from_numpy(matrix).to(p), p)
@@ -152,7 +155,7 @@ def _matmul_is_exact(p: Tensor) -> bool:
 
 
 def _bin(z: Tensor, knots: Tensor) -> Tensor:
-    """`(1, N)`: how many inner knots lie at or below z. In floats, as bools are slow on a CPU; the sign of NaN is 0."""
+    """`(1, N)`: how many inner knots lie at or below z. Floats, as bools are slow on CPU; sign(NaN) is 0."""
     return (z.detach() - knots[1:-1].detach()).sign_().add_(1.0).clamp(max=1.0).sum(0, keepdim=True)
 
 
@@ -176,8 +179,8 @@ def _root(below: Tensor, above: Tensor, d0: Tensor, d1: Tensor, s: Tensor) -> Te
 
     The odds z = t / u solve :math:`e_1 z^2 + 2 b z - e_0 = 0` with :math:`2 b = d_0\,above - d_1\,below`,
     :math:`e_0 = s\,below`, :math:`e_1 = s\,above`. The discriminant :math:`b^2 + e_0 e_1` is a sum that never
-    vanishes, and for either sign of b one form of the root has no cancellation. (The paper's 2c / (b + sqrt) loses
-    all digits where its b < 0 and an end is steep beside s.)
+    vanishes, and for either sign of b one form of the root has no cancellation. (The paper's 2c / (b + sqrt)
+    loses all digits where its b < 0 and an end is steep beside s.)
     """
     b = 0.5 * torch.addcmul(d0 * above, d1, below, value=-1.0)
     e0, e1 = s * below, s * above
@@ -215,13 +218,11 @@ class _Spline(torch.autograd.Function):
         return *_gradients(gy, gl, _Piece(*piece), ctx.box, ctx.inverse), None, None
 
 
-def _gradients(
-    gy: Tensor, gl: Tensor, piece: _Piece, box: Box, inverse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(gy: Tensor, gl: Tensor, piece: _Piece, box: Box, inverse: bool) -> tuple[Tensor, ...]:
     """Gradients in x, p and the raw slopes from those in the value and the ladj L, each `(N,)`.
 
-    With v = (y - y0) / h, subscripts for derivatives. The inverse is differentiated implicitly: it has the forward
-    formulas for a = (gl L_t - gy w) / (h v_t) and c = -gl in place of gy and gl.
+    With v = (y - y0) / h, subscripts for derivatives. The inverse is differentiated implicitly: it has the
+    forward formulas for a = (gl L_t - gy w) / (h v_t) and c = -gl in place of gy and gl.
     """
     (w, h), (d0, d1), t, u, outside = piece[1:]
     a, c = torch.where(outside, 0.0, gy), torch.where(outside, 0.0, gl)
@@ -248,22 +249,23 @@ def _gradients(
     return torch.where(outside, gy, gx), g_p, g_raw
 
 
-def _spread(
-    move: tuple[Tensor, Tensor], size: tuple[Tensor, Tensor], slopes: tuple[Tensor, Tensor], piece: _Piece, box: Box
-) -> tuple[Tensor, Tensor]:
-    """From gradients in the place, size and end slopes of the bin k to those in p (but for a constant: it sums to
-    one) and in the raw slopes. Width j < k moves the bin, width k is its size."""
+def _spread(move: Pair, size: Pair, slopes: Pair, piece: _Piece, box: Box) -> Pair:
+    """Gradients in p and the raw slopes from those in the place, size and end slopes of the bin k.
+
+    Width j < k moves the bin, width k is its size. In p they are right but for a constant, as p sums to one.
+    """
     (fw, fh), ends = box.free, torch.cat((piece.k, piece.k + 1.0)).long()
-    g_move, g_size, g_d = (torch.stack(g) for g in ((move[0] * fw, move[1] * fh), (size[0] * fw, size[1] * fh), slopes))
-    j = torch.arange(box.bins, dtype=g_d.dtype, device=g_d.device).unsqueeze(1)
+    g_move, g_size = torch.stack((move[0] * fw, move[1] * fh)), torch.stack((size[0] * fw, size[1] * fh))
+    j = torch.arange(box.bins, dtype=piece.t.dtype, device=piece.t.device).unsqueeze(1)
     g_p = (piece.k - j).clamp(0.0, 1.0) * g_move.unsqueeze(1)
     g_p = g_p.scatter_(1, ends[:1].expand(2, 1, -1), g_size.unsqueeze(1))
-    g_d = torch.addcmul(g_d, g_d, (box.min_slope - piece.slopes).exp_(), value=-1.0)  # softplus' = 1 - e^-softplus
+    g_d = torch.stack(slopes)
+    g_d = torch.addcmul(g_d, g_d, (box.min_slope - piece.slopes).exp_(), value=-1.0)  # through softplus
     return g_p, g_d.new_zeros(box.bins + 1, g_d.shape[1]).scatter_(0, ends, g_d)
 
 
 class _Element(nn.Module):
-    """What both splines share: the checks, and the way from params `(P, *batch, d)` to N flat elements and back."""
+    """What both splines share: the checks, and the way to N flat elements and back."""
 
     def __init__(self, box: Box, num_params: int) -> None:
         super().__init__()
@@ -272,7 +274,8 @@ class _Element(nn.Module):
         if not isinstance(bins, int) or isinstance(bins, bool) or bins < 2:
             raise ValueError(f"{title} expects bins to be a whole number of at least 2, got {bins!r}")
         if not (math.isfinite(box.low) and 0.0 < box.high - box.low < math.inf):
-            raise ValueError(f"{title} expects an interval of finite, positive length, got [{box.low}, {box.high}]")
+            ends = f"[{box.low}, {box.high}]"
+            raise ValueError(f"{title} expects an interval of finite, positive length, got {ends}")
         for name, floor in (("min_width", box.min_width), ("min_height", box.min_height)):
             if not 1e-5 <= floor < 1.0 / bins:  # knots closer than that may meet in float32
                 raise ValueError(f"{title} expects 1e-5 <= {name} < 1 / bins = {1.0 / bins:g}, got {floor}")
@@ -280,12 +283,12 @@ class _Element(nn.Module):
             raise ValueError(f"{title} expects 0 < min_slope < 1, got {box.min_slope}")
 
     def _map(self, x: Tensor, rows: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        """x `(*batch, d)` and rows of numbers `(P, d, *batch)`; features lead, as conditioners emit them: no copy."""
+        """x `(*batch, d)`, rows `(P, d, *batch)`: features lead, as conditioners emit them: views only."""
         shape = (*rows.shape[2:], rows.shape[1])
         if shape != x.shape:
             shape = torch.broadcast_shapes(x.shape, shape)
-        size, n, dtype = (shape[-1], *shape[:-1]), math.prod(shape), torch.promote_types(x.dtype, torch.float32)
-        fill = (1,) * (len(size) + 1 - rows.dim())
+        size, n, fill = (shape[-1], *shape[:-1]), math.prod(shape), (1,) * (len(shape) + 1 - rows.dim())
+        dtype = torch.promote_types(x.dtype, torch.float32)
         rows = rows.reshape(*rows.shape[:2], *fill, *rows.shape[2:]).to(dtype)
         logits, raw = rows.split((2 * self.bins, len(rows) - 2 * self.bins))
         p = torch.softmax(logits.unflatten(0, (2, self.bins)), 1)  # before it is expanded
@@ -301,13 +304,13 @@ class _Element(nn.Module):
     def _rows(self, params: Tensor) -> Tensor:
         if params.dim() < 2 or len(params) != self.num_params:
             raise ValueError(
-                f"{type(self).__name__} expects params of shape ({self.num_params}, *batch, d), parameter axis first, "
-                f"got shape {tuple(params.shape)}"
+                f"{type(self).__name__} expects params of shape ({self.num_params}, *batch, d), "
+                f"parameter axis first, got shape {tuple(params.shape)}"
             )
         return params.movedim(-1, 1)
 
     def _knot_slopes(self, raw: Tensor) -> Tensor:
-        """The `(K + 1, N)` raw slopes of all knots, in memory of their own: the conditioner's output is not kept."""
+        """The `(K + 1, N)` raw slopes of all knots, copied, so that no graph keeps a conditioner's output."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -316,13 +319,17 @@ class _Element(nn.Module):
 
 @register("RationalQuadratic")
 class RationalQuadratic(_Element):
-    r"""Monotone rational-quadratic spline on [-bound, bound], the identity outside, with a continuous derivative.
+    r"""Monotone rational-quadratic spline on [-bound, bound], the identity outside, with continuous slope.
 
     K bins of widths and heights :math:`2B(m + (1 - K m) \operatorname{softmax})`, interior slopes
-    :math:`m + \operatorname{softplus}(a + c)`, c such that a = 0 gives 1, and end slopes 1; the curve in a bin is in
-    `rational_quadratic`. Zero params are the identity. Both directions are exact and cost the same; the end knots
-    are pinned, and any finite input and params give a finite value and gradient. In float32 |T(T^-1(y)) - y| stays
-    within 1e-5 bound or 8 eps bound (1 + slope) however rough the params; a bin flatter than that cannot do better.
+    :math:`m + \operatorname{softplus}(a + c)`, c such that a = 0 gives 1, end slopes 1; the curve in a bin
+    is in `rational_quadratic`. Zero params are the identity. Both directions are exact and cost the same; for
+    params up to 1e15 in size they and their gradients are finite at any finite x.
+
+    In float32, however rough the params, |T(T^-1(y)) - y| is at most 1e-5 B or 8 eps B (1 + slope), the
+    rounding of x; x comes back within 8 eps B (1 + 1 / slope), or gives the same y to 1e-5 B. `inverse`
+    returns minus the ladj that `forward` gives at its x. Where a bin is so flat that y cannot tell the x of a
+    range apart, neither can the ladj after a round trip.
 
     "Neural Spline Flows" (Durkan, Bekasov, Murray, Papamakarios 2019, arXiv:1906.04032).
 
@@ -338,9 +345,12 @@ class RationalQuadratic(_Element):
     Example:
         >>> import torch, flowpath as fp
         >>> spline = fp.RationalQuadratic(8)
-        >>> y, ladj = spline.forward(torch.tensor([1.0, 7.0]), torch.ones(23, 2))
-        >>> y, bool((spline.inverse(y, torch.ones(23, 2))[0] - torch.tensor([1.0, 7.0])).abs().max() < 1e-6)
-        (tensor([1., 7.]), True)
+        >>> params = torch.ones(spline.num_params, 2)  # d = 2
+        >>> y, ladj = spline.forward(torch.tensor([1.0, 7.0]), params)
+        >>> y
+        tensor([0.9286, 7.0000])
+        >>> spline.inverse(y, params)[0]
+        tensor([1., 7.])
     """
 
     def __init__(
@@ -372,17 +382,16 @@ class CircularRationalQuadratic(_Element):
 
     .. math:: y = S(x \bmod \text{period}) + \text{shift} \bmod \text{period}
 
-    S is the spline of `RationalQuadratic` on the period with equal slopes at both ends, which are free; the shift
-    turns the circle, so that no point of it is fixed. Inputs are wrapped into the period first (a far one loses the
-    digits its rounding took; infinities give NaN), outputs lie in it. Zero params are the identity of the circle.
-    Both directions are exact.
+    S is the spline of `RationalQuadratic` on the period, with one free slope for both ends; the shift turns
+    the circle, so that no point of it is fixed. Inputs are wrapped into the period first (infinities give
+    NaN), outputs lie in it. Zero params are the identity of the circle. Both directions are exact.
 
-    "Normalizing Flows on Tori and Spheres" (Rezende, Papamakarios, Racaniere, Albergo, Kanwar, Shanahan, Cranmer
-    2020, arXiv:2002.02428).
+    "Normalizing Flows on Tori and Spheres" (Rezende, Papamakarios, Racaniere, Albergo, Kanwar, Shanahan,
+    Cranmer 2020, arXiv:2002.02428).
 
     Args:
-        bins: K, at least 2. `num_params` is 3 K + 1: K widths, K heights, K slopes (of the knot that starts each
-            bin), and the shift, in the units of x.
+        bins: K, at least 2. `num_params` is 3 K + 1: K widths, K heights, K slopes (of the knot that starts
+            each bin), and the shift, in the units of x.
         period, start: the circle's length and where it is cut.
         min_width, min_height, min_slope: as in `RationalQuadratic`.
 
@@ -425,7 +434,7 @@ class CircularRationalQuadratic(_Element):
 
     def _wrap(self, x: Tensor) -> Tensor:
         z = self.start + torch.remainder(x - self.start, self.period)
-        return torch.where(z >= self.start + self.period, self.start, z)  # remainder may round up to the period
+        return torch.where(z >= self.box.high, self.start, z)  # remainder may round up to the period
 
     def _knot_slopes(self, raw: Tensor) -> Tensor:
         return torch.cat((raw, raw[:1]))
