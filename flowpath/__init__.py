@@ -4,19 +4,13 @@ from flowpath import _pyro  # noqa: F401, I001  before anything that imports Pyr
 
 from flowpath import testing
 from flowpath.architectures import gaussian, iaf, maf, nsf, nsf_autoregressive, realnvp
-from flowpath.bases import (
-    Base,
-    BoxUniform,
-    ConditionalBase,
-    DiagonalNormal,
-    NormalMixture,
-    StandardNormal,
-    StudentT,
-)
+from flowpath.bases import Base, BoxUniform, DiagonalNormal, NormalMixture, StandardNormal, StudentT
+from flowpath.foreign_bases import ConditionalBase
 from flowpath.diagnostics import GradientRow, GradientTable, ess, gradient_variance, log_evidence, psis
 from flowpath.draws import Draw, Sobol, draw
 from flowpath.estimators import Enumerate, Estimator, Pathwise, Score, expectation
-from flowpath.flow import Flow, FlowDistribution
+from flowpath.distribution import FlowDistribution
+from flowpath.flow import Flow
 from flowpath.interop import from_torch
 from flowpath.io import load, save
 from flowpath.nets import MLP, MaskedMLP, ParamsLast, ResidualMLP, Standardize

@@ -8,9 +8,10 @@ from typing import Literal
 from torch import nn
 
 from flowpath.bases import StandardNormal
+from flowpath.checks import check_count
 from flowpath.flow import Flow
 from flowpath.nets import MLP, Activation, MaskedMLP, Standardize
-from flowpath.transform import Chain, Element, Inverse, Transform, check_count
+from flowpath.transform import Chain, Element, Inverse, Transform
 from flowpath.transforms.autoregressive import MaskedAutoregressive
 from flowpath.transforms.coupling import Coupling
 from flowpath.transforms.elementwise import Affine, Elementwise

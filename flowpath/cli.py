@@ -65,12 +65,8 @@ def _add_demo(commands: argparse._SubParsersAction[Parser]) -> None:
         metavar="DIR",
         help="folder for flow.safetensors, samples.csv, history.csv and the figures (default: %(default)s)",
     )
-    p.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of data, fit and samples (default: 0)"
-    )
-    p.add_argument(
-        "--quick", action="store_true", help="a few seconds of training: shows the steps, proves nothing"
-    )
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="seed of data, fit and samples (default: 0)")
+    p.add_argument("--quick", action="store_true", help="a few seconds of training: shows the steps, proves nothing")
     p.set_defaults(run=_demo)
 
 

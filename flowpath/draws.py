@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from flowpath.bases import Base
-from flowpath.flow import Flow, FlowDistribution, as_shape
+from flowpath.distribution import FlowDistribution, as_shape
+from flowpath.flow import Flow
 
 
 class Sobol:

@@ -13,8 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from flowpath.checks import check_count
 from flowpath.registry import register
-from flowpath.transform import check_count
 
 Activation = Callable[[], nn.Module]
 

@@ -11,11 +11,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from flowpath.checks import check_count
 from flowpath.draws import Noise, draw
 from flowpath.estimators import Estimator, Pathwise, Score
 from flowpath.flow import Flow
 from flowpath.objectives import LogDensity
-from flowpath.transform import check_count
 
 
 class ReverseKL(nn.Module):

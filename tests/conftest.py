@@ -91,3 +91,13 @@ def keeps_rng() -> Callable[[], object]:
         assert torch.equal(before, torch.get_rng_state()), "torch's global generator moved"
 
     return block
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """An empty cache; and torch.compile switches the validation of distributions off for good, so it is put back."""
+    validate = Distribution._validate_args
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    Distribution.set_default_validate_args(validate)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 
 import pytest
 import torch
 from registry import HIDDEN, each_architecture, normal, rough_flow, small_flow
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 import flowpath as fp
 from flowpath.architectures import architectures
-from flowpath.compiling import has_compiler
+from flowpath.training.compiling import has_compiler
 
 each_size = pytest.mark.parametrize("features", [1, 2, 5])
 each_context = pytest.mark.parametrize("context", [0, 2], ids=["free", "context"])
@@ -139,16 +137,6 @@ def both_ways(flow: fp.Flow) -> tuple[nn.Module, nn.Module]:
             return self.flow.rsample_and_log_prob(noise.shape[0] if context is None else (), context, noise=noise)
 
     return Score(), Draw()
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    """An empty cache; and torch.compile switches the validation of distributions off for good, so it is put back."""
-    validate = Distribution._validate_args
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-    Distribution.set_default_validate_args(validate)
 
 
 each_way = pytest.mark.parametrize("way", ["log_prob", "rsample"])

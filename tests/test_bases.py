@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch import distributions as td
 
 import flowpath as fp
-from flowpath.bases import TorchBase
+from flowpath.foreign_bases import TorchBase
 
 
 def generator(seed: int = 0) -> torch.Generator:

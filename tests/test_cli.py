@@ -56,9 +56,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "words", [[], ["fly"], ["demo", "--seed", "x"], ["demo", "--fast"], ["doctor", "now"]], ids=" ".join
 )
-def test_a_wrong_command_line_is_one_line_and_exit_2(
-    words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_command_line_is_one_line_and_exit_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(words)
     assert len(errors(capsys)) == 1
@@ -124,9 +122,7 @@ def test_doctor_prints_the_report(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_module_runs_and_a_closed_pipe_is_no_error() -> None:
     command = [sys.executable, "-m", "flowpath", "doctor"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-    ) as run:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as run:
         run.stdout.close()
         message = run.stderr.read()
     assert (run.returncode, message) == (0, "")

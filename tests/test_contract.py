@@ -15,7 +15,7 @@ from torch import distributions as td
 from torch import nn
 
 import flowpath as fp
-from flowpath.flow import as_shape
+from flowpath.distribution import as_shape
 
 # --- x and context of a call -------------------------------------------------------------------------------------
 

@@ -20,10 +20,11 @@ from torch.distributions import biject_to, constraints
 from torch.utils.data import DataLoader, TensorDataset
 
 import flowpath as fp
-from flowpath import compiling, storage
-from flowpath.compiling import Runner
-from flowpath.loop import State
-from flowpath.schedules import Schedule
+from flowpath.io import storage
+from flowpath.training import compiling
+from flowpath.training.compiling import Runner
+from flowpath.training.loop import State
+from flowpath.training.schedules import Schedule
 
 
 def rows(n: int = 200, d: int = 2, seed: int = 0) -> torch.Tensor:
@@ -721,7 +722,7 @@ def test_full_disk_is_told_once_and_loses_nothing(tmp_path: Path, monkeypatch: p
         write(*args)
 
     monkeypatch.setattr(storage, "write", filling)
-    monkeypatch.setattr("flowpath.checkpoint._SHARE", 0.0)
+    monkeypatch.setattr("flowpath.training.checkpoint._SHARE", 0.0)
     with pytest.warns(UserWarning, match="the one before stays: No space left") as caught:
         result = quick(checkpoint=tmp_path, epochs=4)
     assert len(caught) == 1 and result.epochs == 4

@@ -20,8 +20,8 @@ from torch.distributions import constraints
 from torch.distributions import transforms as tt
 
 import flowpath as fp
-from flowpath import storage
 from flowpath.architectures import architectures
+from flowpath.io import storage
 
 
 @fp.register("test-head")

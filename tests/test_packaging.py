@@ -92,18 +92,14 @@ def test_metadata_says_version_and_licence(metadata: email.message.Message) -> N
     assert metadata["License-Expression"] == "MIT"
 
 
-@pytest.mark.parametrize(
-    "torch", ["2.6.0", "2.11.0+cu130", "2.13.0+cpu", "2.15.0+rocm7.2", "2.14.0.dev20260601+cu130"]
-)
+@pytest.mark.parametrize("torch", ["2.6.0", "2.11.0+cu130", "2.13.0+cpu", "2.15.0+rocm7.2", "2.14.0.dev20260601+cu130"])
 def test_metadata_accepts_the_torch_that_is_there(metadata: email.message.Message, torch: str) -> None:
     asked = next(r for r in required(metadata) if r.name == "torch")
     assert asked.specifier.contains(torch, prereleases=True)
     assert asked.url is None
 
 
-def test_install_leaves_a_cuda_torch_alone(
-    wheel: Path, metadata: email.message.Message, tmp_path: Path
-) -> None:
+def test_install_leaves_a_cuda_torch_alone(wheel: Path, metadata: email.message.Message, tmp_path: Path) -> None:
     """pip installs the wheel, with dependencies, into an environment that owns a CUDA build of torch."""
     environment = tmp_path / "env"
     venv.create(environment, with_pip=False)

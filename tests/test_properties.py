@@ -8,8 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from registry import (
+    ARCHITECTURES,
     CASES,
     ELEMENTS,
+    STRUCTURES,
     Case,
     amplify,
     autoregressive,
@@ -38,6 +40,26 @@ def test_property(name: str, case: Case) -> None:
 @cases_that("identity")
 def test_identity_as_built(case: Case) -> None:
     testing.is_identity(case.fresh(), case.x(), case.c(), 1e-6)
+
+
+COMPILED = [n for n in CASES if "/" not in n and n.split("-")[0] not in ARCHITECTURES and "simplex" not in n]
+COMPILED += [f"{s}/affine" for s in STRUCTURES] + ["elementwise/spline", "elementwise/circular"]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_as_one_graph(name: str, fresh_compiler: None) -> None:
+    """Forward and back in one graph; what the graph does, test_architectures.py checks with a real backend."""
+    case = CASES[name]
+    t, x, c = case.ready(), case.x(), case.c()
+
+    def there_and_back(x: Tensor) -> tuple[Tensor, ...]:
+        z, ladj = t(x, c)
+        return *t.inverse(z, c), z, ladj
+
+    with torch.no_grad():
+        got = torch.compile(there_and_back, fullgraph=True, backend="eager")(x)
+        for g, want in zip(got, there_and_back(x), strict=True):
+            assert torch.allclose(g, want, atol=1e-10)
 
 
 ROUGH = [n for n, c in CASES.items() if any(isinstance(m, fp.Element) for m in c.fresh().modules())]

@@ -13,9 +13,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import flowpath as fp
-from flowpath.front import Front
-from flowpath.rowchecks import check_fits, check_trainable
-from flowpath.rows import is_stream, parts, read
+from flowpath.training.front import Front
+from flowpath.training.rowchecks import check_fits, check_trainable
+from flowpath.training.rows import is_stream, parts, read
 
 TABLE = np.array([[1.0, 10.0], [2.0, 30.0], [3.0, 20.0]])
 

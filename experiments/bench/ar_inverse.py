@@ -68,7 +68,8 @@ def row(name: str, features: int, rows: int, scale: float, repeats: int) -> str:
     down, back = milliseconds(train, repeats), milliseconds(rsample, repeats)
     return (
         f"{name:18s} D={features:3d} rows={rows:5d} scale={scale:.2f}: log_prob {base:8.2f} ms, sampling by steps "
-        f"x{steps / base:5.1f}, by sweeps x{sweeps / base:5.1f}; train {down:8.2f} ms, rsample + backward x{back / down:4.1f}"
+        f"x{steps / base:5.1f}, by sweeps x{sweeps / base:5.1f}; train {down:8.2f} ms, "
+        f"rsample + backward x{back / down:4.1f}"
     )
 
 

@@ -111,7 +111,9 @@ def ways(flow: fp.Flow, batch_size: int) -> dict[str, Callable[[], Tensor]]:
         "two passes": lambda: two_passes(flow, batch_size, flow.log_prob),
     }
     if flow.transform.forward_cost == "sequential":
-        found["two passes, a pass a feature"] = lambda: two_passes(flow, batch_size, lambda x: a_pass_a_feature(flow, x))
+        found["two passes, a pass a feature"] = lambda: two_passes(
+            flow, batch_size, lambda x: a_pass_a_feature(flow, x)
+        )
     return found
 
 

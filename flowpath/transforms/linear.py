@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowpath.checks import check_count
 from flowpath.nets import MLP
 from flowpath.registry import register
-from flowpath.transform import Record, Transform, check_count
+from flowpath.transform import Record, Transform
 
 _UNIT_SOFTPLUS = math.log(math.expm1(1.0))
 

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flowpath.flow import Flow, _leaves
+from flowpath.flow import Flow, leaves
 from flowpath.interop import TorchTransform
 from flowpath.nets import Standardize
-from flowpath.rows import Rows
+from flowpath.training.rows import Rows
 from flowpath.transform import Chain, Transform
 from flowpath.transforms.linear import Permutation
 from flowpath.transforms.normalization import Whiten
@@ -42,16 +42,16 @@ class Front:
     """
 
     def __init__(self, flow: Flow) -> None:
-        leaves = _leaves("transform", flow.transform)
-        fixed = next((i for i, (_, t) in enumerate(leaves) if type(t) not in _FIXED), len(leaves))
-        last = max((i + 1 for i in range(fixed) if isinstance(leaves[i][1], Whiten)), default=0)
+        layers = leaves("transform", flow.transform)
+        fixed = next((i for i, (_, t) in enumerate(layers) if type(t) not in _FIXED), len(layers))
+        last = max((i + 1 for i in range(fixed) if isinstance(layers[i][1], Whiten)), default=0)
         self.flow = flow
-        self.layers: list[Transform] = [t for _, t in leaves[:last]]
+        self.layers: list[Transform] = [t for _, t in layers[:last]]
         self.context_layer, embedding = _split_embedding(flow.embedding)
-        self.names = [f"{name} {type(t).__name__}" for name, t in leaves[last:]]
+        self.names = [f"{name} {type(t).__name__}" for name, t in layers[last:]]
         self.inner = flow
         if last or self.context_layer is not None:
-            rest = [t for _, t in leaves[last:]] or [Permutation(range(flow.event_shape[0]))]
+            rest = [t for _, t in layers[last:]] or [Permutation(range(flow.event_shape[0]))]
             self.inner = Flow(Chain(rest), flow.base, embedding)
         self._warned = False
 

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from flowpath.flow import Flow
-from flowpath.rows import SHOWN, Rows, more, plural
+from flowpath.training.rows import SHOWN, Rows, more, plural
 
 
 def check_fits(rows: Rows, flow: Flow, who: str = "fit") -> None:

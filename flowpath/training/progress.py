@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any, Literal
 
-from flowpath.loop import State
+from flowpath.training.loop import State
 
 
 class Bar:

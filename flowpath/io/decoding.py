@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 
-from flowpath.encoding import SPACES, TRANSFORMS_BY_NAME
+from flowpath.io.encoding import SPACES, TRANSFORMS_BY_NAME
 from flowpath.registry import registered, registered_names
 
 

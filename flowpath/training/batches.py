@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from flowpath.front import Front, Prepared
-from flowpath.rowchecks import check_fits, check_trainable
-from flowpath.rows import Rows, parts, row_weights, table
+from flowpath.training.front import Front, Prepared
+from flowpath.training.rowchecks import check_fits, check_trainable
+from flowpath.training.rows import Rows, parts, row_weights, table
 
 Batch = tuple[Tensor | None, ...]
 _BUFFER = 10_000  # rows of a stream from which whitening is set

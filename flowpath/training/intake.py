@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from flowpath.architectures import architectures
-from flowpath.batches import Batches, RowBatches, StreamBatches
+from flowpath.checks import check_count
 from flowpath.flow import Flow
-from flowpath.front import Front, Prepared
-from flowpath.rowchecks import check_fits, check_trainable
-from flowpath.rows import Rows, is_stream, parts, read
-from flowpath.transform import check_count
+from flowpath.training.batches import Batches, RowBatches, StreamBatches
+from flowpath.training.front import Front, Prepared
+from flowpath.training.rowchecks import check_fits, check_trainable
+from flowpath.training.rows import Rows, is_stream, parts, read
 
 _SMALLEST, _LARGEST, _BATCHES = 32, 256, 40  # a batch by default: about rows / 40, within these
 _STREAM_EPOCHS, _STREAM_STEPS = 50, 500  # an iterator is scored so many times, or every so many steps

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowpath.batches import Batch
-from flowpath.front import Front
+from flowpath.training.batches import Batch
+from flowpath.training.front import Front
 
 
 def explain(front: Front, names: tuple[str, ...], batch: Batch) -> str:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flowpath import storage
+from flowpath.io import storage
 
 if TYPE_CHECKING:
-    from flowpath.loop import Loop, State
+    from flowpath.training.loop import Loop, State
 
 KEY, FORMAT = "flowpath-checkpoint", 1
 _SHARE = 10.0  # a checkpoint is written when the training since the last one took so many times its cost

@@ -13,25 +13,23 @@ from torch import nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from flowpath.checkpoint import Checkpoint, Resumed
-from flowpath.compiling import CompileMode, Runner
+from flowpath.checks import check_count
 from flowpath.flow import Flow
-from flowpath.front import Front
-from flowpath.intake import Data, Request, build, take_in
-from flowpath.loop import Limits, Loop, State, Watcher, warn_of
-from flowpath.nonfinite import explain
 from flowpath.objectives import MaximumLikelihood
-from flowpath.progress import Bar, Callbacks, Scalars
-from flowpath.results import FitResult
-from flowpath.schedules import Schedule, ScheduleName
+from flowpath.training.checkpoint import Checkpoint, Resumed
+from flowpath.training.compiling import CompileMode, Runner
+from flowpath.training.front import Front
+from flowpath.training.intake import Data, Request, build, take_in
+from flowpath.training.loop import Limits, Loop, State, Watcher, warn_of
+from flowpath.training.nonfinite import explain
+from flowpath.training.progress import Bar, Callbacks, Scalars
+from flowpath.training.results import FitResult
+from flowpath.training.schedules import Schedule, ScheduleName
 from flowpath.scope import devices, lent, random, versions
-from flowpath.scoring import Score, held_out, log_prob
-from flowpath.transform import check_count
+from flowpath.training.scoring import Score, held_out
 
 _EPOCHS, _LEAST_STEPS = 100, 2000  # the default budget: so many epochs, more where they make few steps
 _PATIENT_STEPS = 400  # patience lasts at least so many steps
-
-__all__ = ["FitResult", "fit", "log_prob", "versions"]
 
 
 def fit(

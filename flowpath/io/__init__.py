@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowpath import storage
-from flowpath.decoding import Decoder
-from flowpath.encoding import Encoder
 from flowpath.flow import Flow
+from flowpath.io import storage
+from flowpath.io.decoding import Decoder
+from flowpath.io.encoding import Encoder
 from flowpath.scope import versions
 
 KEY, FORMAT = "flowpath", 1

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flowpath.batches import Batch, Batches
-from flowpath.checkpoint import Checkpoint, Signals
-from flowpath.compiling import Runner
-from flowpath.schedules import Schedule
-from flowpath.scoring import Score
+from flowpath.training.batches import Batch, Batches
+from flowpath.training.checkpoint import Checkpoint, Signals
+from flowpath.training.compiling import Runner
+from flowpath.training.schedules import Schedule
+from flowpath.training.scoring import Score
 
 _IN_A_ROW, _SHARE, _SHARE_FROM = 20, 0.1, 100  # non-finite batches that end a fit: in a row; of all steps, from so many
 _EXPLAINED = 3

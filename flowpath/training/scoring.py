@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowpath.checks import check_count
 from flowpath.flow import Flow
-from flowpath.front import Front, Prepared
-from flowpath.rowchecks import check_fits
-from flowpath.rows import is_stream, parts, read
-from flowpath.transform import check_count
+from flowpath.training.front import Front, Prepared
+from flowpath.training.rowchecks import check_fits
+from flowpath.training.rows import is_stream, parts, read
 
 Score = tuple[float, float]  # a mean log density in nats, and its standard error
 _SCORED = 4096  # rows scored at a time

@@ -1,0 +1,322 @@
+"""The demonstration: a spline flow on a density that is known, and on a real table, judged on rows it never saw.
+
+The table is scikit-learn's handwritten digits, 1797 pictures of 8 x 8 pixels with grey levels 0 to 16, made continuous
+by uniform noise on [0, 1), so that a density bounds the log probability of the pictures from below ("A note on the
+evaluation of generative models", Theis, van den Oord, Bethge 2015, arXiv:1511.01844). Why this table: a fit can be
+judged on it, see experiments/README.md.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Normal
+
+from flowpath import plot
+from flowpath.flow import Flow
+from flowpath.training import fit
+from flowpath.training.loop import State
+from flowpath.training.results import FitResult
+from flowpath.scope import versions
+from flowpath.training.scoring import log_prob
+
+Kind = tuple[str, int, float]  # of mixture: covariances, components, floor on the variance of standardised columns
+
+GAUSSIAN, MIXTURE, FLOW, TRUTH = "full Gaussian", "Gaussian mixture", "flow", "truth"
+_SAMPLES = 1000
+_TO_CHOOSE = 4000  # training rows on which the kinds of mixture compete
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is done: `FULL` proves something, `QUICK` shows the steps.
+
+    Attributes:
+        draws: from the known density, for the fit and again to judge it.
+        epochs: of the fit to the known density, and of the one to the table.
+        mixtures: the kinds that compete on validation rows to be the flow's rival.
+    """
+
+    draws: int
+    epochs: tuple[int, int]
+    mixtures: tuple[Kind, ...]
+
+
+FULL = Plan(
+    draws=20_000,
+    epochs=(30, 60),
+    mixtures=(
+        *(("full", k, floor) for floor in (1e-3, 1e-2, 1e-1) for k in (2, 5, 10, 20)),
+        *(("diag", k, floor) for floor in (1e-3, 1e-2) for k in (20, 40, 80, 160)),
+    ),
+)
+QUICK = Plan(draws=1000, epochs=(2, 2), mixtures=(("full", 2, 1e-2), ("diag", 5, 1e-2)))
+
+
+def main(out: str | os.PathLike[str], *, seed: int = 0, quick: bool = False) -> dict[str, Any]:
+    """Fit both flows, print how they compare, and leave what they gave in a folder.
+
+    Args:
+        out: the folder, made where it is missing: flow.safetensors, samples.csv and history.csv of the table,
+            summary.json, and figures.
+        seed: of draws, splits, fits and samples.
+        quick: seconds of training instead of minutes; shows the steps, proves nothing.
+
+    Returns:
+        What summary.json holds.
+    """
+    folder, plan, start = Path(out), QUICK if quick else FULL, time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    known, first = _known_density(folder, plan, seed)
+    table, second = _real_table(folder, plan, seed)
+    plot.history({"known density": first.history, "handwritten digits": second.history}).savefig(folder / "history.png")
+    seconds = round(time.perf_counter() - start, 1)
+    summary = {
+        "known density": known,
+        "handwritten digits": table,
+        "seed": seed,
+        "quick": quick,
+        "seconds": seconds,
+        "versions": versions(),
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    print(
+        f"\n{folder} holds {', '.join(sorted(p.name for p in folder.iterdir() if p.is_file()))}; {seconds:.0f} s in all"
+    )
+    if quick:
+        print("this was --quick: the numbers show the steps and prove nothing")
+    return summary
+
+
+def _known_density(folder: Path, plan: Plan, seed: int) -> tuple[dict[str, Any], FitResult]:
+    """Part (a): the true log density is at hand, so the mean difference on fresh draws is KL(p | q)."""
+    generator = torch.Generator().manual_seed(seed)
+    x, fresh = Folded.draw(plan.draws, generator), Folded.draw(plan.draws, generator)
+    print(f"1. A known density: {len(x)} draws of 5 features with two modes, folds and a funnel", flush=True)
+    train, validation = x[len(x) // 10 :], x[: len(x) // 10]
+    result = _fit(
+        train,
+        validation,
+        seed,
+        epochs=plan.epochs[0],
+        batch_size=256,
+        learning_rate=3e-3,
+        transforms=5,
+        hidden_features=(64, 64),
+    )
+    fitted = score(result.flow, train, validation, fresh, seed, plan)
+    scores = Scores({**fitted.of, TRUTH: Folded.log_prob(fresh)}, fitted.kind)
+    samples = result.flow.sample(len(x), generator=torch.Generator().manual_seed(seed))
+    plot.log_densities(scores.of[TRUTH], scores.of[FLOW]).savefig(folder / "log_density.png")
+    plot.corner(fresh, samples).savefig(folder / "corner.png")
+    print(f"   mean log density of {len(fresh)} fresh draws, and KL from the truth, in nats:")
+    print(scores.table(TRUTH))
+    report = {"rows": len(x), "fresh rows": len(fresh), **scores.report(TRUTH)}
+    return report | {"fit seconds": round(result.seconds, 1)}, result
+
+
+def _real_table(folder: Path, plan: Plan, seed: int) -> tuple[dict[str, Any], FitResult]:
+    """Part (b): the flow beside its rivals on rows that no fit has seen."""
+    x, names = digits(seed)
+    train, validation, test = split(x, seed)
+    print(f"\n2. Handwritten digits of scikit-learn: {len(x)} pictures of {x.shape[1]} pixels, dequantised", flush=True)
+    result, scores = compare(train, validation, test, seed=seed, plan=plan)
+    result.save(folder)
+    samples = result.flow.sample(_SAMPLES, generator=torch.Generator().manual_seed(seed))
+    with open(folder / "samples.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([names, *([f"{v:.4f}" for v in row] for row in samples.tolist())])
+    plot.images(test, samples, (8, 8)).savefig(folder / "digits.png")
+    words = conclusion(scores)
+    print(f"   mean log density of {len(test)} rows that no fit has seen, and how far the flow is ahead, in nats:")
+    print(scores.table(FLOW))
+    print(f"   {words}")
+    report = {"rows": len(train), "validation rows": len(validation), "held-out rows": len(test)}
+    report |= scores.report(FLOW) | {"conclusion": words, "fit seconds": round(result.seconds, 1)}
+    return report, result
+
+
+class Folded:
+    r"""A density in five dimensions that is known in closed form: a chain of conditionals.
+
+    .. math:: x_1 \sim \tfrac12 N(-1.5, 0.5^2) + \tfrac12 N(1.5, 0.5^2), \quad x_2 \sim N(x_1^2 - 2, 0.5^2), \quad
+              x_3 \sim N(2 \sin x_2, 0.4^2), \\ x_4 \sim N(0, e^{x_1}), \quad
+              x_5 \sim \tfrac12 N(x_4, 0.5^2) + \tfrac12 N(-x_4, 0.5^2)
+    """
+
+    @staticmethod
+    def draw(count: int, generator: torch.Generator) -> Tensor:
+        """Rows `(count, 5)` in float64."""
+        e = torch.randn(count, 5, generator=generator, dtype=torch.float64)
+        sign = 2.0 * torch.randint(2, (2, count), generator=generator) - 1.0
+        x1 = 1.5 * sign[0] + 0.5 * e[:, 0]
+        x2 = x1.square() - 2.0 + 0.5 * e[:, 1]
+        x3 = 2.0 * x2.sin() + 0.4 * e[:, 2]
+        x4 = (0.5 * x1).exp() * e[:, 3]
+        return torch.stack([x1, x2, x3, x4, sign[1] * x4 + 0.5 * e[:, 4]], 1)
+
+    @staticmethod
+    def log_prob(x: Tensor) -> Tensor:
+        """Log density in nats of x `(N, 5)`: `(N,)`."""
+        x1, x2, x3, x4, x5 = x.unbind(1)
+        modes = torch.logaddexp(Normal(-1.5, 0.5).log_prob(x1), Normal(1.5, 0.5).log_prob(x1))
+        cross = torch.logaddexp(Normal(x4, 0.5).log_prob(x5), Normal(-x4, 0.5).log_prob(x5))
+        bend = Normal(x1.square() - 2.0, 0.5).log_prob(x2) + Normal(2.0 * x2.sin(), 0.4).log_prob(x3)
+        return modes + bend + Normal(0.0, (0.5 * x1).exp()).log_prob(x4) + cross - 2.0 * math.log(2.0)
+
+
+def digits(seed: int) -> tuple[Tensor, list[str]]:
+    """The table `(1797, 64)` in float64, dequantised by uniform noise, and the names of its columns."""
+    from sklearn.datasets import load_digits
+
+    grey = torch.from_numpy(load_digits().data)
+    return grey + torch.rand(grey.shape, generator=torch.Generator().manual_seed(seed)), list(
+        load_digits().feature_names
+    )
+
+
+def split(x: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows x at random: 72 % to train on, 8 % to choose by, 20 % to judge by."""
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    test, validation = len(x) // 5, len(x) // 5 + len(x) * 8 // 100
+    return x[order[validation:]], x[order[test:validation]], x[order[:test]]
+
+
+def compare(
+    train: Tensor, validation: Tensor, test: Tensor, *, seed: int, plan: Plan = FULL
+) -> tuple[FitResult, Scores]:
+    """A flow and its rivals on a small table, `(N, d)` each: fitted to `train`, chosen by `validation`.
+
+    The Gaussian, and the mixture once its kind is chosen, are then fitted to both, which the flow is not.
+    """
+    result = _fit(
+        train,
+        validation,
+        seed,
+        epochs=plan.epochs[1],
+        batch_size=128,
+        learning_rate=1e-3,
+        transforms=5,
+        hidden_features=(128, 128),
+        dropout=0.3,
+    )
+    return result, score(result.flow, train, validation, test, seed, plan)
+
+
+def score(flow: Flow, train: Tensor, validation: Tensor, test: Tensor, seed: int, plan: Plan) -> Scores:
+    """Log densities of the test rows under the flow, the best mixture and the full Gaussian."""
+    rows = torch.cat([train, validation])
+    chosen = choose_mixture(train[:_TO_CHOOSE], validation, plan.mixtures, seed)
+    best, plain = Mixture.fit(rows, chosen, seed), Mixture.fit(rows, ("full", 1, 1e-6), seed)
+    of = {FLOW: log_prob(flow, test), MIXTURE: best.log_prob(test), GAUSSIAN: plain.log_prob(test)}
+    return Scores(of, chosen)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A Gaussian mixture of scikit-learn on standardised columns; with one full component, the full Gaussian."""
+
+    model: Any
+    loc: Tensor
+    scale: Tensor
+
+    @classmethod
+    def fit(cls, x: Tensor, kind: Kind, seed: int) -> Mixture:
+        """Fit rows `(N, d)` by EM."""
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.mixture import GaussianMixture
+
+        covariance, components, floor = kind
+        model = GaussianMixture(components, covariance_type=covariance, reg_covar=floor, random_state=seed)
+        loc, scale = x.mean(0), x.std(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(((x - loc) / scale).numpy())
+        return cls(model, loc, scale)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log density in nats of x `(N, d)`: `(N,)`."""
+        z = (x - self.loc) / self.scale
+        return torch.from_numpy(self.model.score_samples(z.numpy())) - self.scale.log().sum()
+
+
+def choose_mixture(train: Tensor, validation: Tensor, kinds: Sequence[Kind], seed: int) -> Kind:
+    """The kind that, fitted to `train`, scores highest on `validation`."""
+    return max(kinds, key=lambda kind: float(Mixture.fit(train, kind, seed).log_prob(validation).mean()))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log densities of the same rows, `(N,)` for each name, and the kind of mixture among them."""
+
+    of: Mapping[str, Tensor]
+    kind: Kind
+
+    def mean(self, name: str) -> float:
+        """Mean log density in nats."""
+        return float(self.of[name].mean())
+
+    def ahead(self, a: str, b: str) -> tuple[float, float]:
+        """By how much a's mean is above b's, and the standard error of that: the rows are paired."""
+        gap = self.of[a] - self.of[b]
+        return float(gap.mean()), float(gap.std() / math.sqrt(len(gap)))
+
+    def table(self, reference: str) -> str:
+        """A line a name: its score, and how far `reference` is ahead of it."""
+        width = max(map(len, self.of))
+        lines = []
+        for name in self.of:
+            line = f"     {name:{width}s} {self.mean(name):9.3f}"
+            if name != reference:
+                mean, se = self.ahead(reference, name)
+                line += f"   {mean:7.3f} ± {se:.3f}"
+            lines.append(line)
+        return "\n".join(lines)
+
+    def report(self, reference: str) -> dict[str, Any]:
+        """The same as JSON values."""
+        gaps = {name: self.ahead(reference, name) for name in self.of if name != reference}
+        return {
+            "mean log density": {name: self.mean(name) for name in self.of},
+            f"{reference} ahead of": {name: {"mean": m, "standard error": s} for name, (m, s) in gaps.items()},
+            "mixture": dict(zip(("covariance", "components", "floor"), self.kind, strict=True)),
+        }
+
+
+def verdict(mean: float, se: float) -> str:
+    """What a paired difference allows one to say, at two standard errors."""
+    if mean > 2.0 * se:
+        return "beats"
+    return "loses to" if mean < -2.0 * se else "cannot be told from"
+
+
+def conclusion(scores: Scores) -> str:
+    """The comparison in words, from the numbers."""
+    verdicts = {name: verdict(*scores.ahead(FLOW, name)) for name in scores.of if name != FLOW}
+    start = "The flow wins" if set(verdicts.values()) == {"beats"} else "The flow does not win"
+    return f"{start}: it " + " and it ".join(f"{word} the {name}" for name, word in verdicts.items()) + "."
+
+
+def _fit(train: Tensor, validation: Tensor, seed: int, **settings: Any) -> FitResult:
+    """A neural spline flow, with a line every tenth epoch."""
+    quiet = {"compile": False, "progress": False, "callbacks": _say}
+    return fit("nsf", train, validation=validation, seed=seed, **quiet, **settings)
+
+
+def _say(state: State) -> None:
+    if state.epoch == 1 or state.epoch % 10 == 0:
+        print(
+            f"   epoch {state.epoch:3d}: log density {state.train:8.3f} on training rows, {state.validation:8.3f} on "
+            f"validation rows, {state.seconds:4.0f} s",
+            flush=True,
+        )
