@@ -16,7 +16,7 @@ from flowpath.io import load, save
 from flowpath.nets import MLP, MaskedMLP, ParamsLast, ResidualMLP, Standardize
 from flowpath.objectives import ForwardKL, MaximumLikelihood
 from flowpath.registry import register
-from flowpath.training import FitResult, fit, log_prob
+from flowpath.training import FitResult, State, TargetResult, fit, fit_target, log_prob
 from flowpath.transform import Chain, Conditioner, Element, Inverse, Record, Transform
 from flowpath.transforms import (
     LU,
@@ -81,7 +81,9 @@ __all__ = [
     "Sobol",
     "StandardNormal",
     "Standardize",
+    "State",
     "StudentT",
+    "TargetResult",
     "Transform",
     "TriangularAffine",
     "Whiten",
@@ -89,6 +91,7 @@ __all__ = [
     "ess",
     "expectation",
     "fit",
+    "fit_target",
     "from_torch",
     "gaussian",
     "gradient_variance",

@@ -24,11 +24,10 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from flowpath import plot
-from flowpath.flow import Flow
+from flowpath.scope import versions
 from flowpath.training import fit
 from flowpath.training.loop import State
 from flowpath.training.results import FitResult
-from flowpath.scope import versions
 from flowpath.training.scoring import log_prob
 
 Kind = tuple[str, int, float]  # of mixture: covariances, components, floor on the variance of standardised columns
@@ -39,29 +38,41 @@ _TO_CHOOSE = 4000  # training rows on which the kinds of mixture compete
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How much is done: `FULL` proves something, `QUICK` shows the steps.
+class Effort:
+    """What goes into one comparison.
 
     Attributes:
-        draws: from the known density, for the fit and again to judge it.
-        epochs: of the fit to the known density, and of the one to the table.
+        settings: of `fp.fit` and of the flow.
         mixtures: the kinds that compete on validation rows to be the flow's rival.
     """
 
-    draws: int
-    epochs: tuple[int, int]
+    settings: dict[str, Any]
     mixtures: tuple[Kind, ...]
 
+    def quick(self) -> Effort:
+        """Two epochs and two kinds: shows the steps."""
+        return Effort({**self.settings, "epochs": 2}, self.mixtures[:2])
 
-FULL = Plan(
-    draws=20_000,
-    epochs=(30, 60),
-    mixtures=(
-        *(("full", k, floor) for floor in (1e-3, 1e-2, 1e-1) for k in (2, 5, 10, 20)),
-        *(("diag", k, floor) for floor in (1e-3, 1e-2) for k in (20, 40, 80, 160)),
+
+DRAWS = 20_000
+KNOWN = Effort(
+    {"epochs": 30, "batch_size": 256, "learning_rate": 3e-3, "transforms": 5, "hidden_features": (64, 64)},
+    tuple(("full", k, 1e-3) for k in (5, 10, 20, 40)),
+)
+TABLE = Effort(
+    {
+        "epochs": 60,
+        "batch_size": 128,
+        "learning_rate": 1e-3,
+        "transforms": 5,
+        "hidden_features": (128, 128),
+        "dropout": 0.3,
+    },
+    (
+        *(("full", k, floor) for k in (2, 5, 10, 20) for floor in (1e-3, 1e-2, 1e-1)),
+        *(("diag", k, floor) for k in (20, 40, 80, 160) for floor in (1e-3, 1e-2)),
     ),
 )
-QUICK = Plan(draws=1000, epochs=(2, 2), mixtures=(("full", 2, 1e-2), ("diag", 5, 1e-2)))
 
 
 def main(out: str | os.PathLike[str], *, seed: int = 0, quick: bool = False) -> dict[str, Any]:
@@ -76,10 +87,10 @@ def main(out: str | os.PathLike[str], *, seed: int = 0, quick: bool = False) -> 
     Returns:
         What summary.json holds.
     """
-    folder, plan, start = Path(out), QUICK if quick else FULL, time.perf_counter()
+    folder, start = Path(out), time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    known, first = _known_density(folder, plan, seed)
-    table, second = _real_table(folder, plan, seed)
+    known, first = _known_density(folder, seed, quick)
+    table, second = _real_table(folder, seed, quick)
     plot.history({"known density": first.history, "handwritten digits": second.history}).savefig(folder / "history.png")
     seconds = round(time.perf_counter() - start, 1)
     summary = {
@@ -91,32 +102,22 @@ def main(out: str | os.PathLike[str], *, seed: int = 0, quick: bool = False) -> 
         "versions": versions(),
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    print(
-        f"\n{folder} holds {', '.join(sorted(p.name for p in folder.iterdir() if p.is_file()))}; {seconds:.0f} s in all"
-    )
+    left = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))
+    print(f"\n{folder} holds {left}; {seconds:.0f} s in all")
     if quick:
         print("this was --quick: the numbers show the steps and prove nothing")
     return summary
 
 
-def _known_density(folder: Path, plan: Plan, seed: int) -> tuple[dict[str, Any], FitResult]:
+def _known_density(folder: Path, seed: int, quick: bool) -> tuple[dict[str, Any], FitResult]:
     """Part (a): the true log density is at hand, so the mean difference on fresh draws is KL(p | q)."""
     generator = torch.Generator().manual_seed(seed)
-    x, fresh = Folded.draw(plan.draws, generator), Folded.draw(plan.draws, generator)
+    draws, effort = (DRAWS // 20, KNOWN.quick()) if quick else (DRAWS, KNOWN)
+    x, fresh = Folded.draw(draws, generator), Folded.draw(draws, generator)
     print(f"1. A known density: {len(x)} draws of 5 features with two modes, folds and a funnel", flush=True)
     train, validation = x[len(x) // 10 :], x[: len(x) // 10]
-    result = _fit(
-        train,
-        validation,
-        seed,
-        epochs=plan.epochs[0],
-        batch_size=256,
-        learning_rate=3e-3,
-        transforms=5,
-        hidden_features=(64, 64),
-    )
-    fitted = score(result.flow, train, validation, fresh, seed, plan)
-    scores = Scores({**fitted.of, TRUTH: Folded.log_prob(fresh)}, fitted.kind)
+    result, scores = compare(train, validation, fresh, effort, seed)
+    scores = Scores({**scores.of, TRUTH: Folded.log_prob(fresh)}, scores.kind)
     samples = result.flow.sample(len(x), generator=torch.Generator().manual_seed(seed))
     plot.log_densities(scores.of[TRUTH], scores.of[FLOW]).savefig(folder / "log_density.png")
     plot.corner(fresh, samples).savefig(folder / "corner.png")
@@ -126,12 +127,12 @@ def _known_density(folder: Path, plan: Plan, seed: int) -> tuple[dict[str, Any],
     return report | {"fit seconds": round(result.seconds, 1)}, result
 
 
-def _real_table(folder: Path, plan: Plan, seed: int) -> tuple[dict[str, Any], FitResult]:
+def _real_table(folder: Path, seed: int, quick: bool) -> tuple[dict[str, Any], FitResult]:
     """Part (b): the flow beside its rivals on rows that no fit has seen."""
     x, names = digits(seed)
     train, validation, test = split(x, seed)
     print(f"\n2. Handwritten digits of scikit-learn: {len(x)} pictures of {x.shape[1]} pixels, dequantised", flush=True)
-    result, scores = compare(train, validation, test, seed=seed, plan=plan)
+    result, scores = compare(train, validation, test, TABLE.quick() if quick else TABLE, seed)
     result.save(folder)
     samples = result.flow.sample(_SAMPLES, generator=torch.Generator().manual_seed(seed))
     with open(folder / "samples.csv", "w", newline="", encoding="utf-8") as file:
@@ -179,10 +180,10 @@ def digits(seed: int) -> tuple[Tensor, list[str]]:
     """The table `(1797, 64)` in float64, dequantised by uniform noise, and the names of its columns."""
     from sklearn.datasets import load_digits
 
-    grey = torch.from_numpy(load_digits().data)
-    return grey + torch.rand(grey.shape, generator=torch.Generator().manual_seed(seed)), list(
-        load_digits().feature_names
-    )
+    held = load_digits()
+    grey = torch.from_numpy(held.data)
+    noise = torch.rand(grey.shape, generator=torch.Generator().manual_seed(seed), dtype=grey.dtype)
+    return grey + noise, list(held.feature_names)
 
 
 def split(x: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,34 +193,17 @@ def split(x: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return x[order[validation:]], x[order[test:validation]], x[order[:test]]
 
 
-def compare(
-    train: Tensor, validation: Tensor, test: Tensor, *, seed: int, plan: Plan = FULL
-) -> tuple[FitResult, Scores]:
-    """A flow and its rivals on a small table, `(N, d)` each: fitted to `train`, chosen by `validation`.
+def compare(train: Tensor, validation: Tensor, test: Tensor, effort: Effort, seed: int) -> tuple[FitResult, Scores]:
+    """Log densities of the test rows under a spline flow, the best mixture and the full Gaussian; rows `(N, d)`.
 
-    The Gaussian, and the mixture once its kind is chosen, are then fitted to both, which the flow is not.
+    All are fitted to `train` and chosen by `validation`. The rivals, once chosen, are fitted to both; the flow is not.
     """
-    result = _fit(
-        train,
-        validation,
-        seed,
-        epochs=plan.epochs[1],
-        batch_size=128,
-        learning_rate=1e-3,
-        transforms=5,
-        hidden_features=(128, 128),
-        dropout=0.3,
-    )
-    return result, score(result.flow, train, validation, test, seed, plan)
-
-
-def score(flow: Flow, train: Tensor, validation: Tensor, test: Tensor, seed: int, plan: Plan) -> Scores:
-    """Log densities of the test rows under the flow, the best mixture and the full Gaussian."""
+    result = _fit(train, validation, effort.settings, seed)
+    kind = choose_mixture(train[:_TO_CHOOSE], validation, effort.mixtures, seed)
     rows = torch.cat([train, validation])
-    chosen = choose_mixture(train[:_TO_CHOOSE], validation, plan.mixtures, seed)
-    best, plain = Mixture.fit(rows, chosen, seed), Mixture.fit(rows, ("full", 1, 1e-6), seed)
-    of = {FLOW: log_prob(flow, test), MIXTURE: best.log_prob(test), GAUSSIAN: plain.log_prob(test)}
-    return Scores(of, chosen)
+    rivals = {MIXTURE: Mixture.fit(rows, kind, seed), GAUSSIAN: Mixture.fit(rows, ("full", 1, 1e-6), seed)}
+    of = {FLOW: log_prob(result.flow, test)} | {name: rival.log_prob(test) for name, rival in rivals.items()}
+    return result, Scores(of, kind)
 
 
 @dataclass(frozen=True)
@@ -252,7 +236,8 @@ class Mixture:
 
 def choose_mixture(train: Tensor, validation: Tensor, kinds: Sequence[Kind], seed: int) -> Kind:
     """The kind that, fitted to `train`, scores highest on `validation`."""
-    return max(kinds, key=lambda kind: float(Mixture.fit(train, kind, seed).log_prob(validation).mean()))
+    possible = [kind for kind in kinds if kind[1] < len(train)]
+    return max(possible, key=lambda kind: float(Mixture.fit(train, kind, seed).log_prob(validation).mean()))
 
 
 @dataclass(frozen=True)
@@ -307,10 +292,11 @@ def conclusion(scores: Scores) -> str:
     return f"{start}: it " + " and it ".join(f"{word} the {name}" for name, word in verdicts.items()) + "."
 
 
-def _fit(train: Tensor, validation: Tensor, seed: int, **settings: Any) -> FitResult:
+def _fit(train: Tensor, validation: Tensor, settings: dict[str, Any], seed: int) -> FitResult:
     """A neural spline flow, with a line every tenth epoch."""
-    quiet = {"compile": False, "progress": False, "callbacks": _say}
-    return fit("nsf", train, validation=validation, seed=seed, **quiet, **settings)
+    return fit(
+        "nsf", train, validation=validation, seed=seed, compile=False, progress=False, callbacks=_say, **settings
+    )
 
 
 def _say(state: State) -> None:

@@ -68,10 +68,15 @@ class ReverseKL(nn.Module):
         self._count = 0
         self.last: Tensor | None = None
 
+    @property
+    def auto(self) -> bool:
+        """Whether the weight of the score part is estimated along the way."""
+        return isinstance(self.estimator, Pathwise) and isinstance(self.estimator.score_weight, str)
+
     def forward(self) -> Tensor:
         """The loss, a scalar."""
         estimator = self.estimator
-        if isinstance(estimator, Pathwise) and isinstance(estimator.score_weight, str):
+        if self.auto:
             if self.training and torch.is_grad_enabled() and self._count % self.update_every == 0:
                 self._update_weight()
             self._count += 1

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from flowpath.checks import check_count
 from flowpath.flow import Flow
 from flowpath.objectives import MaximumLikelihood
+from flowpath.scope import devices, lent, random, versions
 from flowpath.training.checkpoint import Checkpoint, Resumed
 from flowpath.training.compiling import CompileMode, Runner
 from flowpath.training.front import Front
@@ -25,7 +26,6 @@ from flowpath.training.nonfinite import explain
 from flowpath.training.progress import Bar, Callbacks, Scalars
 from flowpath.training.results import FitResult
 from flowpath.training.schedules import Schedule, ScheduleName
-from flowpath.scope import devices, lent, random, versions
 from flowpath.training.scoring import Score, held_out
 
 _EPOCHS, _LEAST_STEPS = 100, 2000  # the default budget: so many epochs, more where they make few steps
@@ -119,7 +119,7 @@ def fit(
         flow, x = build(flow, x, context, options)
         order_seed = int(torch.randint(2**62, ())) if resumed is None else int(resumed.identity["order_seed"])
         with lent(flow, home, away):
-            opt = (optimizer or partial(_adam, learning_rate))(_trainable(flow))
+            opt = (optimizer or partial(adam, learning_rate))(trainable(flow))
             front = Front(flow)
             objective = MaximumLikelihood(front.inner)
             kept = nn.ModuleList([objective, *front.parts()])
@@ -181,7 +181,7 @@ def _result(loop: Loop, data: Data, tested: Score | None, seed: int | None, devi
     )
 
 
-def _trainable(flow: Flow) -> list[nn.Parameter]:
+def trainable(flow: Flow) -> list[nn.Parameter]:
     parameters = [p for p in flow.parameters() if p.requires_grad]
     if not parameters:
         count = sum(1 for _ in flow.parameters())
@@ -190,7 +190,7 @@ def _trainable(flow: Flow) -> list[nn.Parameter]:
     return parameters
 
 
-def _adam(learning_rate: float, parameters: list[nn.Parameter]) -> Optimizer:
+def adam(learning_rate: float, parameters: list[nn.Parameter]) -> Optimizer:
     if not learning_rate > 0:
         raise ValueError(f"fit expects learning_rate > 0, got {learning_rate}")
     try:
