@@ -15,6 +15,7 @@ from torch.distributions import constraints
 from flowpath.checks import check_context
 
 if TYPE_CHECKING:
+    from flowpath.draws import Draw, Noise
     from flowpath.flow import Flow
 
 Shape = int | Sequence[int]
@@ -65,6 +66,12 @@ class FlowDistribution(TorchDistribution):
         """Draws `(*sample_shape, *batch_shape, *event)` and their log density, from one pass."""
         shape, context = self.request(sample_shape)
         return self.flow.rsample_and_log_prob(shape, context, generator=generator, noise=noise)
+
+    def draw(self, num_samples: int, noise: Noise = None) -> Draw:
+        """`fp.draw(self, num_samples, noise)`: draws with the three views of log q."""
+        from flowpath.draws import draw
+
+        return draw(self, num_samples, noise)
 
     def request(self, sample_shape: Shape) -> tuple[tuple[int, ...], Tensor | None]:
         """What to ask of the flow for draws of `sample_shape`: a shape and the context, expanded to the batch shape."""

@@ -76,8 +76,8 @@ def log_densities(true: Array, fitted: Array) -> Figure:
     return fig
 
 
-def corner(data: Array, samples: Array, names: Sequence[str] | None = None) -> Figure:
-    """Every pair of columns and, on the diagonal, every column: data `(N, d)` in grey, samples `(M, d)` in red.
+def pairs(data: Array, samples: Array, names: Sequence[str] | None = None) -> Figure:
+    """Every pair of columns: data `(N, d)` in grey below the diagonal, samples `(M, d)` in red above, both on it.
 
     Args:
         data, samples: rows of the same columns; the frame is that of the data.
@@ -89,22 +89,27 @@ def corner(data: Array, samples: Array, names: Sequence[str] | None = None) -> F
     Example:
         >>> import torch
         >>> from flowpath import plot
-        >>> len(plot.corner(torch.randn(50, 3), torch.randn(60, 3)).axes)
-        6
+        >>> len(plot.pairs(torch.randn(50, 3), torch.randn(60, 3)).axes)
+        9
     """
     x, y = _numbers(data), _numbers(samples)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"corner expects two tables with the same columns, got shapes {x.shape} and {y.shape}")
+        raise ValueError(f"pairs expects two tables with the same columns, got shapes {x.shape} and {y.shape}")
     d = x.shape[1]
     titles = [f"x{i + 1}" for i in range(d)] if names is None else list(names)
     if len(titles) != d:
-        raise ValueError(f"corner expects {d} names, got {len(titles)}")
-    fig = _figure(1.7 * d + 0.5, 1.7 * d + 0.5)
-    for row in range(d):
-        for column in range(row + 1):
-            axes = fig.add_subplot(d, d, row * d + column + 1)
-            _histograms(axes, x[:, row], y[:, row]) if row == column else _clouds(axes, x, y, column, row)
-            _label(axes, titles[column] if row == d - 1 else "", titles[row] if column == 0 and row else "")
+        raise ValueError(f"pairs expects {d} names, got {len(titles)}")
+    fig = _figure(1.6 * d + 0.4, 1.6 * d + 0.4)
+    for row, panels in enumerate(fig.subplots(d, d, squeeze=False)):
+        for column, axes in enumerate(panels):
+            frames = _frame(x[:, column]), _frame(x[:, row])
+            if row == column:
+                _histograms(axes, x[:, row], y[:, row], frames[0])
+            else:
+                _cloud(axes, *((x, _DATA) if row > column else (y, _MODEL)), column, row)
+                axes.set(xlim=frames[0], ylim=frames[1])
+            axes.set(xticks=[], yticks=[])
+            axes.set(xlabel=titles[column] if row == d - 1 else "", ylabel=titles[row] if column == 0 else "")
     return fig
 
 
@@ -178,26 +183,20 @@ def _numbers(x: Array) -> np.ndarray:
     return np.asarray(values, dtype=float)
 
 
-def _histograms(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
-    edges = np.linspace(*_frame(x), 41).tolist()
+def _histograms(axes: Axes, x: np.ndarray, y: np.ndarray, frame: tuple[float, float]) -> None:
+    edges = np.linspace(*frame, 41).tolist()
     axes.hist(x, edges, density=True, color=_DATA, alpha=0.4)
     axes.hist(y, edges, density=True, color=_MODEL, histtype="step")
 
 
-def _clouds(axes: Axes, x: np.ndarray, y: np.ndarray, i: int, j: int) -> None:
-    for rows, colour in ((x, _DATA), (y, _MODEL)):
-        axes.plot(rows[:_POINTS, i], rows[:_POINTS, j], ".", color=colour, markersize=1.2, alpha=0.3)
-    axes.set(xlim=_frame(x[:, i]), ylim=_frame(x[:, j]))
+def _cloud(axes: Axes, rows: np.ndarray, colour: str, i: int, j: int) -> None:
+    axes.plot(rows[:_POINTS, i], rows[:_POINTS, j], ".", color=colour, markersize=1.5, alpha=0.3)
 
 
 def _frame(x: np.ndarray) -> tuple[float, float]:
     low, high = np.quantile(x, [0.001, 0.999])
     margin = 0.1 * (high - low) + 1e-9
     return float(low - margin), float(high + margin)
-
-
-def _label(axes: Axes, below: str, left: str) -> None:
-    axes.set(xlabel=below, ylabel=left, xticks=[], yticks=[])
 
 
 def _sheet(rows: np.ndarray, shape: tuple[int, int], side: int = 10) -> np.ndarray:

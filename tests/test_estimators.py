@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -333,3 +334,95 @@ def test_khat_tells_light_from_heavy_tails() -> None:
     assert fp.psis(wide)[1] < 0.5
     narrow = 0.5 * z**2 - 0.5 * (z / 2.5) ** 2  # p three times as wide as q
     assert fp.psis(narrow)[1] > 0.6
+
+
+class Shrunk:
+    """Pathwise, but of four fifths of the gradient: biased."""
+
+    def surrogate(self, f, q, num_samples, *, noise=None, log_q_weight=0.0):
+        values = fp.Pathwise().surrogate(f, q, num_samples, noise=noise, log_q_weight=log_q_weight)
+        return values.detach() + 0.8 * (values - values.detach())
+
+
+def test_check_estimator_sees_a_bias() -> None:
+    a = leaf(0.5, -1.0)
+
+    def check(estimator: fp.Estimator) -> None:
+        fp.testing.check_estimator(estimator, lambda: Normal(a, 1.0), torch.square, [a])
+
+    assert isinstance(Shrunk(), fp.Estimator)
+    check(fp.Pathwise())
+    with pytest.raises(fp.testing.PropertyError, match="Shrunk is biased"):
+        check(Shrunk())
+
+
+def test_the_naive_path_view_agrees_with_the_one_pass_form() -> None:
+    for name in ("realnvp", "nsf", "maf", "iaf", "nsf_autoregressive", "gaussian"):
+        flow = random_flow(name)
+        d = flow().draw(6)
+        z = d.value.detach().requires_grad_()
+        (naive,) = torch.autograd.grad(flow.log_prob(z).sum(), z)
+        (fast,) = torch.autograd.grad(d.log_prob_path.sum(), d.value)
+        torch.testing.assert_close(fast, naive, rtol=1e-9, atol=1e-9)
+
+
+TARGET = {
+    "features": 2,
+    "transforms": 2,
+    "hidden_features": (8,),
+    "steps": 200,
+    "learning_rate": 0.02,
+    "num_samples": 64,
+}
+
+
+def gaussian_target(z: torch.Tensor) -> torch.Tensor:
+    return -0.5 * ((z - 1.0) / 0.5).square().sum(-1)
+
+
+@pytest.mark.parametrize(
+    "estimator", [fp.Pathwise("auto"), fp.Pathwise(0.0), fp.Score()], ids=["auto", "path", "score"]
+)
+def test_fit_target_finds_the_evidence(estimator: fp.Estimator) -> None:
+    result = fp.fit_target("gaussian", gaussian_target, estimator=estimator, seed=0, draws=2000, **TARGET)
+    truth = math.log(2 * math.pi * 0.25)
+    assert result.log_evidence == pytest.approx(truth, abs=0.02 + 3 * result.log_evidence_se)
+    assert result.elbo < truth + 3 * result.elbo_se
+    assert result.khat < 0.7
+    assert "usable" in result.verdict() or "good" in result.verdict()
+
+
+def test_fit_target_takes_other_objectives() -> None:
+    objective = partial(fp.IWBound, num_samples=4, batch_size=16)
+    result = fp.fit_target("gaussian", gaussian_target, objective=objective, seed=0, draws=2000, **TARGET)
+    assert result.elbo == pytest.approx(math.log(2 * math.pi * 0.25), abs=0.1)
+
+
+def test_fit_target_reports_a_density_that_is_not_finite() -> None:
+    def half(z: torch.Tensor) -> torch.Tensor:
+        return torch.where(z[..., 0] > 0, -0.5 * z.square().sum(-1), -torch.inf)
+
+    with pytest.warns(UserWarning, match="not finite"):
+        result = fp.fit_target("gaussian", half, features=2, steps=200, seed=0, draws=1000)
+    assert 0.3 < result.nonfinite_share < 0.7
+    assert "give the flow p's support" in result.verdict()
+
+
+def test_the_weight_of_auto_is_saved_with_the_objective() -> None:
+    flow = random_flow()
+    objective = fp.ReverseKL(flow, gaussian_target_3d, num_samples=64, update_every=1)
+    for _ in range(3):
+        objective()
+    other = fp.ReverseKL(flow, gaussian_target_3d, num_samples=64)
+    other.load_state_dict(objective.state_dict())
+    assert other.score_weight == objective.score_weight < 1.0
+
+
+def gaussian_target_3d(z: torch.Tensor) -> torch.Tensor:
+    return -0.5 * z.square().sum(-1)
+
+
+def test_sobol_needs_a_base_that_maps_noise() -> None:
+    flow = fp.Flow(fp.LU(2), fp.StudentT(2))
+    with pytest.raises(ValueError, match="fixed map of noise"):
+        fp.draw(flow, 8, noise=fp.Sobol())

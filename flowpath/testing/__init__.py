@@ -1,4 +1,4 @@
-"""Check a transform of your own: `check_transform` runs every property that flowpath's own transforms have."""
+"""Check what you wrote yourself: a transform for every property of flowpath's own, a gradient estimator for bias."""
 
 from __future__ import annotations
 
@@ -8,10 +8,20 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from flowpath.testing.estimators import check_estimator
 from flowpath.testing.properties import Property, PropertyError, example, finite, is_identity, normal, properties
 from flowpath.transform import Transform
 
-__all__ = ["Property", "PropertyError", "check_transform", "example", "finite", "is_identity", "properties"]
+__all__ = [
+    "Property",
+    "PropertyError",
+    "check_estimator",
+    "check_transform",
+    "example",
+    "finite",
+    "is_identity",
+    "properties",
+]
 
 
 def check_transform(

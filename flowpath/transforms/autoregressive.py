@@ -9,8 +9,13 @@ from torch import Tensor, nn
 
 from flowpath.nets import MaskedMLP
 from flowpath.registry import register
-from flowpath.transform import Conditioner, Element, Transform
-from flowpath.transforms.autoregressive_inverse import ImplicitInverse, invert_by_passes, invert_by_steps
+from flowpath.transform import Conditioner, Direction, Element, Record, Transform
+from flowpath.transforms.autoregressive_inverse import (
+    ImplicitInverse,
+    invert_by_passes,
+    invert_by_steps,
+    solve_transposed,
+)
 from flowpath.transforms.elementwise import check_conditioner
 
 
@@ -104,6 +109,32 @@ class MaskedAutoregressive(Transform):
         else:
             x, ladj = ImplicitInverse.apply(self, z, context, *self.conditioner.parameters())
         return self._unsorted(x), ladj
+
+    def record(self, direction: Direction, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Record]:
+        if direction == "inverse":
+            return super().record(direction, value, context)
+        with torch.enable_grad():
+            value = value if value.requires_grad else value.detach().requires_grad_()
+            x = self._sorted(value)
+            z, ladj = self._apply_element(x, context)
+            output = self._unsorted(z)
+        return output, ladj.sum(-1), Record(direction, output, context, (x, z, ladj))
+
+    def pull_score(self, record: Record, score: Tensor) -> Tensor:
+        """For an IAF's samples: G' J = G - d ladj with J triangular, by Jacobi sweeps in the graph `record` kept.
+
+        Each sweep is one vector-Jacobian product, a few of them suffice, `features` are exact. A MAF's samples take
+        one product through its parallel forward pass.
+        """
+        if record.extra is None:
+            return super().pull_score(record, score)
+        x, z, ladj = record.extra
+        g = self._sorted(score)
+        if ladj.requires_grad:
+            one = torch.ones_like(ladj)
+            (slope,) = torch.autograd.grad(ladj, x, one, retain_graph=True, materialize_grads=True)
+            g = g - slope
+        return self._unsorted(solve_transposed(z, x, ladj.detach().exp(), g))
 
 
 def _is_traced() -> bool:
