@@ -17,6 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import flowpath
+import flowpath as fp
 
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = shutil.ignore_patterns(
@@ -133,7 +134,16 @@ def test_changelog_has_a_place_for_what_comes() -> None:
     assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+WITHOUT_CODE = {"docs/api.md", "docs/choosing.md"}
+
+
+def test_every_public_name_has_a_line_in_the_api_page() -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    assert [name for name in fp.__all__ if f"| `fp.{name}` |" not in text] == []
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p not in WITHOUT_CODE])
 def test_examples_of_a_page_run(page: str, tmp_path: Path) -> None:
     """The python blocks of a page, one after another, in a fresh interpreter and an empty folder."""
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
