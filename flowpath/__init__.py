@@ -6,7 +6,17 @@ from flowpath import testing
 from flowpath.architectures import gaussian, iaf, maf, nsf, nsf_autoregressive, realnvp
 from flowpath.bases import Base, BoxUniform, DiagonalNormal, NormalMixture, StandardNormal, StudentT
 from flowpath.foreign_bases import ConditionalBase
-from flowpath.diagnostics import GradientRow, GradientTable, ess, gradient_variance, log_evidence, psis
+from flowpath.diagnostics import (
+    GradientRow,
+    GradientTable,
+    Report,
+    check,
+    ess,
+    gradient_variance,
+    hpd_level,
+    log_evidence,
+    psis,
+)
 from flowpath.draws import Draw, Sobol, draw
 from flowpath.estimators import Enumerate, Estimator, Pathwise, Score, expectation
 from flowpath.distribution import FlowDistribution
@@ -75,6 +85,7 @@ __all__ = [
     "Permutation",
     "RationalQuadratic",
     "Record",
+    "Report",
     "ResidualMLP",
     "ReverseKL",
     "Score",
@@ -87,6 +98,7 @@ __all__ = [
     "Transform",
     "TriangularAffine",
     "Whiten",
+    "check",
     "draw",
     "ess",
     "expectation",
@@ -95,6 +107,7 @@ __all__ = [
     "from_torch",
     "gaussian",
     "gradient_variance",
+    "hpd_level",
     "iaf",
     "load",
     "log_evidence",
