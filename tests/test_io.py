@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -331,3 +332,10 @@ def test_missing_file_lists_what_is_near(tmp_path: Path) -> None:
 def test_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         fp.load(tmp_path / "nowhere" / "flow.safetensors")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions are POSIX ones")
+def test_a_saved_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    fp.save(fp.gaussian(2), tmp_path / "flow.safetensors")
+    assert (tmp_path / "flow.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -28,8 +28,11 @@ def write(path: Path, tensors: Mapping[str, Tensor], key: str, config: Mapping[s
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # what the user's files have; safetensors makes its own private
         try:
             save_file(_apart(tensors), beside, {key: text})
+            beside.chmod(mode)
         except SafetensorError as error:
             raise OSError(f"cannot write {path}: {error}") from None
         _flush(beside)
