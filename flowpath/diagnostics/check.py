@@ -87,10 +87,10 @@ def _verdict(parts: list[Part], sound: bool, n: int, rows: str) -> str:
         return f"not sound: {failed[0].name}: {failed[0].says}"
     if n < _FEW:
         return f"sound; whether it is any good cannot be told from n = {n}"
-    doubts = [p.name for p in parts if p.grade == "warn"]
+    doubts = [p.doubt or p.name for p in parts if p.grade == "warn"]
     if not doubts:
         return f"sound, and good as far as {n} rows can tell{where}"
-    return f"sound, with doubts about {', '.join(doubts)}{where}"
+    return f"sound, but {'; '.join(doubts)}{where}"
 
 
 def _tensor(flow: Flow, value: Any) -> Tensor | None:

@@ -12,12 +12,13 @@ Grade = Literal["pass", "warn", "fail", "skipped"]
 
 @dataclass(frozen=True)
 class Part:
-    """One finding: what was looked at, its grade, a sentence, and the numbers behind it."""
+    """One finding: what was looked at, its grade, a sentence, the numbers behind it, and a doubt in a few words."""
 
     name: str
     grade: Grade
     says: str
     numbers: dict[str, float] = field(default_factory=dict)
+    doubt: str = ""
 
 
 @dataclass(frozen=True)

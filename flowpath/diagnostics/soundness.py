@@ -36,7 +36,8 @@ def _finite(flow: Flow, x: Tensor, context: Tensor | None, draws: Tensor, log_q:
     bad_draws = int((~torch.isfinite(draws.flatten(1)).all(1) | ~torch.isfinite(log_q)).sum())
     says = f"{bad_rows} of {len(x)} rows have no finite density, {bad_draws} of {len(draws)} draws are not finite"
     grade = "fail" if bad_draws or torch.isnan(log_p).any() else "warn" if bad_rows else "pass"
-    return Part("finite", grade, says, {"rows": bad_rows, "draws": bad_draws})  # type: ignore[arg-type]
+    doubt = f"{bad_rows} rows have density zero"
+    return Part("finite", grade, says, {"rows": bad_rows, "draws": bad_draws}, doubt)  # type: ignore[arg-type]
 
 
 def _densities_agree(flow: Flow, context: Tensor | None, draws: Tensor, log_q: Tensor) -> Part:
@@ -77,7 +78,8 @@ def _beyond_box(flow: Flow, x: Tensor, context: Tensor | None) -> Part:
     says = f"{share:.1%} of the rows lie outside the spline box" + (f" of {name}" if name else "")
     if share > 0.05:
         says += ", where a spline cannot bend: raise bound, or whiten"
-    return Part("spline box", "warn" if share > 0.05 else "pass", says, {"share": share})
+    doubt = f"{share:.0%} of the rows lie beyond a spline's box"
+    return Part("spline box", "warn" if share > 0.05 else "pass", says, {"share": share}, doubt)
 
 
 def _box(layer: Transform) -> tuple[float, float] | None:
