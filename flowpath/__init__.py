@@ -2,7 +2,9 @@
 
 from flowpath import _pyro  # noqa: F401, I001  before anything that imports Pyro
 
-from flowpath import testing
+from typing import TYPE_CHECKING, Any
+
+from flowpath import tables, testing
 from flowpath.architectures import gaussian, iaf, maf, nsf, nsf_autoregressive, realnvp
 from flowpath.bases import Base, BoxUniform, DiagonalNormal, NormalMixture, StandardNormal, StudentT
 from flowpath.foreign_bases import ConditionalBase
@@ -21,11 +23,13 @@ from flowpath.draws import Draw, Sobol, draw
 from flowpath.estimators import Enumerate, Estimator, Pathwise, Score, expectation
 from flowpath.distribution import FlowDistribution
 from flowpath.flow import Flow
-from flowpath.interop import from_torch
+from flowpath.interop import from_nflows, from_torch, to_nflows, to_torch
 from flowpath.io import load, save
 from flowpath.nets import MLP, MaskedMLP, ParamsLast, ResidualMLP, Standardize
 from flowpath.objectives import ForwardKL, MaximumLikelihood
 from flowpath.registry import register
+from flowpath.supports import Support, above, below, integer, interval, lattice, positive, real
+from flowpath.tables import infer_supports
 from flowpath.training import FitResult, State, TargetResult, fit, fit_target, log_prob
 from flowpath.transform import Chain, Conditioner, Element, Inverse, Record, Transform
 from flowpath.transforms import (
@@ -44,6 +48,9 @@ from flowpath.transforms import (
     Whiten,
 )
 from flowpath.variational import IWBound, LogVariance, ReverseKL
+
+if TYPE_CHECKING:
+    from flowpath.density import FlowDensity
 
 __version__ = "0.1.0"
 
@@ -68,6 +75,7 @@ __all__ = [
     "Estimator",
     "FitResult",
     "Flow",
+    "FlowDensity",
     "FlowDistribution",
     "ForwardKL",
     "GradientRow",
@@ -94,30 +102,52 @@ __all__ = [
     "Standardize",
     "State",
     "StudentT",
+    "Support",
     "TargetResult",
     "Transform",
     "TriangularAffine",
     "Whiten",
+    "above",
+    "below",
     "check",
     "draw",
     "ess",
     "expectation",
     "fit",
     "fit_target",
+    "from_nflows",
     "from_torch",
     "gaussian",
     "gradient_variance",
     "hpd_level",
     "iaf",
+    "infer_supports",
+    "integer",
+    "interval",
+    "lattice",
     "load",
     "log_evidence",
     "log_prob",
     "maf",
     "nsf",
     "nsf_autoregressive",
+    "positive",
     "psis",
+    "real",
     "realnvp",
     "register",
     "save",
+    "tables",
     "testing",
+    "to_nflows",
+    "to_torch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """FlowDensity is found when it is asked for: scikit-learn takes a second to import."""
+    if name == "FlowDensity":
+        from flowpath.density import FlowDensity
+
+        return FlowDensity
+    raise AttributeError(f"module 'flowpath' has no attribute {name!r}")

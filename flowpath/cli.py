@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -43,9 +43,91 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action=Version, nargs=0, help="print the version and exit")
     top.add_argument("--debug", action="store_true", help="on an error show the traceback, for a bug report")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_demo(commands)
-    _add_doctor(commands)
+    for add in (_add_fit, _add_sample, _add_score, _add_check, _add_demo, _add_doctor):
+        add(commands)
     return top
+
+
+def _add_fit(commands: argparse._SubParsersAction[Parser]) -> None:
+    p = commands.add_parser(
+        "fit",
+        help="fit a flow to a table",
+        description=(
+            "Fit a flow to the columns of a .csv, .csv.gz, .parquet or .npy table and judge it on rows it did not see. "
+            "Prints the columns first; leaves the estimator, its history, the held-out rows and report.html in --out."
+        ),
+        epilog="Ctrl-C leaves the best weights and a checkpoint; the same command with --resume goes on.",
+    )
+    p.add_argument("table", help="the table")
+    p.add_argument("--out", required=True, metavar="DIR", help="run folder to make")
+    p.add_argument("--columns", metavar="A,B,...", help="columns to fit (default: all but context and weights)")
+    p.add_argument("--context", metavar="C,...", help="columns the density is given")
+    p.add_argument("--weights", metavar="W", help="column of row weights")
+    p.add_argument("--supports", metavar="TOML", help='file of lines such as: z = "positive", n = "integer(0)"')
+    p.add_argument("--test", type=float, metavar="SHARE", help="share of rows scored once, at the end")
+    p.add_argument(
+        "--validation", type=float, default=0.1, metavar="SHARE", help="share to stop early on (%(default)s)"
+    )
+    p.add_argument("--arch", default="nsf", metavar="NAME", help="nsf, nsf_autoregressive, maf, realnvp, iaf, gaussian")
+    p.add_argument("--missing", choices=("error", "drop"), default="error", help="rows with missing values")
+    p.add_argument("--at-bound", choices=("error", "nudge"), default="error", help="values exactly on an open bound")
+    p.add_argument("--epochs", type=int, metavar="N", help="at most so many passes over the rows")
+    p.add_argument("--time-limit", type=float, metavar="S", help="at most so many seconds of training")
+    p.add_argument("--device", default="auto", help='"cpu", "cuda", or "auto" (default)')
+    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    _add_common(p)
+    p.set_defaults(run=_of_tables("fit"))
+
+
+def _add_sample(commands: argparse._SubParsersAction[Parser]) -> None:
+    p = commands.add_parser("sample", help="draw rows", description="Draw rows from a run into a new table.")
+    p.add_argument("run_folder", metavar="RUN", help="folder that `flowpath fit` made")
+    p.add_argument("-n", type=int, default=1000, metavar="N", help="how many rows (default: %(default)s)")
+    p.add_argument("--given", nargs="+", metavar="NAME=NUMBER", help="values of the context")
+    p.add_argument("--out", required=True, metavar="FILE", help="table to write: .csv, .csv.gz, .parquet or .npy")
+    _add_common(p)
+    p.set_defaults(run=_of_tables("sample"))
+
+
+def _add_score(commands: argparse._SubParsersAction[Parser]) -> None:
+    p = commands.add_parser(
+        "score", help="score rows", description="Write the log density in nats of each row of a table, in its order."
+    )
+    p.add_argument("run_folder", metavar="RUN", help="folder that `flowpath fit` made")
+    p.add_argument("table", help="the table")
+    p.add_argument("--id", metavar="COLUMN", help="column to carry along (default: the row's number)")
+    p.add_argument("--out", required=True, metavar="FILE", help="table to write: .csv, .csv.gz or .parquet")
+    _add_common(p)
+    p.set_defaults(run=_of_tables("score"))
+
+
+def _add_check(commands: argparse._SubParsersAction[Parser]) -> None:
+    p = commands.add_parser(
+        "check",
+        help="judge a fit",
+        description="Say whether a run is sound and any good, on a table or on the rows held out; write report.html.",
+    )
+    p.add_argument("run_folder", metavar="RUN", help="folder that `flowpath fit` made")
+    p.add_argument("table", nargs="?", help="rows the fit did not see (default: those it held out)")
+    _add_common(p)
+    p.set_defaults(run=_of_tables("check_run"))
+
+
+def _add_common(p: Parser) -> None:
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything random (default: 0)")
+    p.add_argument("--force", action="store_true", help="replace what is there")
+
+
+def _of_tables(name: str) -> Callable[[argparse.Namespace], None]:
+    """A command of flowpath.commands, imported when it runs."""
+
+    def run(args: argparse.Namespace) -> None:
+        from flowpath import commands
+
+        args.run = getattr(args, "run_folder", None)
+        getattr(commands, name)(args)
+
+    return run
 
 
 def _add_demo(commands: argparse._SubParsersAction[Parser]) -> None:

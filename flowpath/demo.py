@@ -56,7 +56,7 @@ class Effort:
 
 DRAWS = 20_000
 KNOWN = Effort(
-    {"epochs": 30, "batch_size": 256, "learning_rate": 3e-3, "transforms": 5, "hidden_features": (64, 64)},
+    {"epochs": 30, "batch_size": 256, "learning_rate": 2e-3, "transforms": 6, "hidden_features": (48, 48)},
     tuple(("full", k, 1e-3) for k in (10, 20, 40)),
 )
 TABLE = Effort(

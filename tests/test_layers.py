@@ -26,12 +26,12 @@ LAYERS = [
     {"estimators"},
     {"objectives", "variational"},
     {"scope"},
-    {"io", "diagnostics"},
+    {"io", "diagnostics", "supports"},
     {"training", "tables"},
     {"density", "svi"},
 ]
 # Nothing of the library imports a leaf.
-LEAVES = {"plot", "report", "testing", "doctor", "demo", "cli", "__main__"}
+LEAVES = {"plot", "report", "testing", "doctor", "demo", "commands", "cli", "__main__"}
 
 HEAVY = [
     "nflows",

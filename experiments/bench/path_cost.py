@@ -92,7 +92,7 @@ def a_pass_a_feature(flow: fp.Flow, x: Tensor) -> Tensor:
             x, per_feature = invert_by_passes(t.transform, x, None)  # type: ignore[arg-type]
             ladj = ladj + per_feature.sum(-1)
         else:
-            x, more = t._forward(x, None)  # type: ignore[operator]
+            x, more = t._forward(x, None)
             ladj = ladj + more
     return flow.base.log_prob(x, None) + ladj
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
@@ -38,12 +39,17 @@ def bump(k: float, mu: float, s: float) -> tuple[float, float]:
 
 def leave_one_out(f: Callable[[np.ndarray], np.ndarray], mu: float, s: float, n: int) -> float:
     """The formula above for a cost f of one number, its moments by Gauss-Hermite quadrature."""
-    u, w = np.polynomial.hermite_e.hermegauss(180)
-    w = w / w.sum()
+    u, w = _nodes()
     cost, t = f(mu + s * u), u / s
     spread = (w * (cost - w @ cost) ** 2).sum()
     mean2 = float(w @ (cost * t)) ** 2
     return float((w * (cost - w @ cost) ** 2) @ t**2 + spread / s**2 / (n - 1) - mean2 + mean2 / (n - 1))
+
+
+@cache
+def _nodes() -> tuple[np.ndarray, np.ndarray]:
+    u, w = np.polynomial.hermite_e.hermegauss(180)
+    return u, w / w.sum()
 
 
 def norm(d: int, s: float, n: int) -> dict[str, float]:

@@ -1,11 +1,12 @@
 """Claims: pathwise gradients beat the score function as dimensions grow, path gradients beat both near the optimum.
 
-Four parts; per-sample variances throughout, so that estimators with several samples compare with those of one.
+Five parts; per-sample variances throughout, so that estimators with several samples compare with those of one.
 
 - dimension: closed forms of two costs against the dimension, and of a KL against misfit, with measurements;
 - cost: Mohamed's three costs against their parameter, where the score function sometimes wins;
 - training: a flow on a Gaussian and on Neal's funnel in 10 dimensions: every estimator at frozen snapshots;
-- accuracy: what total, path and auto buy at equal steps: KL, ESS, k-hat, marginal Wasserstein distance to exact samples.
+- noise: the variance that scrambled Sobol noise removes, in 2, 10 and 50 dimensions;
+- accuracy: what total, path and auto buy at equal steps: KL, ESS, k-hat, marginal distance to exact samples.
 
     python experiments/estimators/run.py [key=value ...] [--seeds 0..2] [--smoke]   # then plot.py beside it
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from experiments.runner import run_all
 class Config:
     """`key=value` on the command line overrides."""
 
-    parts: tuple[str, ...] = ("dimension", "cost", "training", "accuracy")
+    parts: tuple[str, ...] = ("dimension", "cost", "noise", "training", "accuracy")
     targets: tuple[str, ...] = ("gaussian", "funnel", "banana")
     dimensions: tuple[int, ...] = (10, 50)
     replicates: int = 20000  # per-sample gradients behind a variance; times dimension at most 400,000
@@ -51,7 +53,7 @@ class Config:
 
 
 SMOKE = {
-    "replicates": 500,
+    "replicates": 100,
     "steps": 3,
     "num_samples": 16,
     "transforms": 2,
@@ -115,10 +117,10 @@ def divergence(s: np.ndarray, c: Config) -> dict[str, float]:
         mu = torch.zeros(n, d, dtype=torch.float64, requires_grad=True)
         log_s = torch.as_tensor(s).log().expand(n, d).clone().requires_grad_()
         q = Independent(Normal(mu, log_s.exp()), 1)
-        values = estimator.surrogate(cost, q, group, log_q_weight=1.0)
+        values = estimator.surrogate(target, q, group, log_q_weight=1.0)
         return variance(values.mean(0).sum(), [mu, log_s], group)
 
-    def cost(z: Tensor) -> Tensor:
+    def target(z: Tensor) -> Tensor:
         return -Independent(Normal(torch.zeros(d, dtype=torch.float64), 1.0), 1).log_prob(z)
 
     return {
@@ -135,14 +137,14 @@ def estimated_weight(s: np.ndarray) -> float:
     flow = fp.Flow(fp.Inverse(fp.Elementwise(len(s), fp.Affine(log_bound=1e3))), fp.StandardNormal(len(s))).double()
     with torch.no_grad():
         flow.transform.transform.params[0].copy_(torch.as_tensor(s).log())  # type: ignore[union-attr, index]
-    objective = fp.ReverseKL(flow, lambda z: -0.5 * z.square().sum(-1), num_samples=256, update_every=1)
+    objective = fp.ReverseKL(flow, normal_density, num_samples=256, update_every=1)
     for _ in range(30):
         objective()
     return float(objective.score_weight)
 
 
 COSTS: dict[str, tuple[Callable[..., Any], Callable[[float, float, float], tuple[float, float]], tuple[float, ...]]] = {
-    "square": (lambda z, k, _: (z - k) ** 2, closed.square, (-3, -2, -1, 0, 1, 2, 3)),
+    "square": (lambda z, k, m: (z - k) ** 2, closed.square, (-3, -2, -1, 0, 1, 2, 3)),
     "cosine": (lambda z, k, m: m.cos(k * z), closed.cosine, (0.25, 0.5, 1, 1.5, 2, 3, 5)),
     "bump": (lambda z, k, m: m.exp(-k * z**2), closed.bump, (0.1, 0.3, 0.6, 1, 3, 10)),
 }
@@ -156,11 +158,11 @@ def cost(c: Config) -> Rows:
 
             def one(estimator: fp.Estimator, group: int, f: Any = f, k: float = k) -> float:
                 mu = torch.ones(10 * c.replicates // group, 1, dtype=torch.float64, requires_grad=True)
-                loss = fp.expectation(lambda z: f(z, k, torch), Normal(mu, 1.0), estimator, num_samples=group)
+                loss = fp.expectation(partial(f, k=k, m=torch), Normal(mu, 1.0), estimator, num_samples=group)
                 return variance(loss.sum(), [mu], group)
 
             path, score = formula(k, 1.0, 1.0)
-            loo = closed.leave_one_out(lambda z, f=f, k=k: f(z, k, np), 1.0, 1.0, c.group)
+            loo = closed.leave_one_out(partial(f, k=k, m=np), 1.0, 1.0, c.group)
             truth = {"pathwise": path, "score": score, "leave-one-out": loo}
             measured = {
                 "pathwise": one(fp.Pathwise(), 1),
@@ -172,6 +174,33 @@ def cost(c: Config) -> Rows:
 
 
 # --- flows --------------------------------------------------------------------------------------------------------
+
+
+def noise(c: Config) -> Rows:
+    """Variance of a batch's gradient with independent noise over that with Sobol noise: a rough flow, normal target."""
+    rows: Rows = []
+    for d in (2, 10, 50):
+        flow = fp.realnvp(d, transforms=4, hidden_features=(c.hidden, c.hidden), whiten="none")
+        with torch.no_grad():
+            for p in flow.parameters():
+                p.add_(0.5 * torch.randn_like(p) / max(p.shape[-1], 1) ** 0.5)
+        for n in (64, 256):
+            losses = {
+                (kind, sobol): fp.ReverseKL(
+                    flow, normal_density, ESTIMATORS[kind], num_samples=n, noise=fp.Sobol() if sobol else None
+                )
+                for kind in ("total", "path")
+                for sobol in (False, True)
+            }
+            table = fp.gradient_variance({str(k): v for k, v in losses.items()}, flow.parameters(), repeats=c.repeats)
+            found = dict(zip(losses, (row.variance for row in table), strict=True))
+            gain = {kind: found[kind, False] / found[kind, True] for kind in ("total", "path")}
+            rows.append({"features": d, "num_samples": n, "gain": gain})
+    return rows
+
+
+def normal_density(z: Tensor) -> Tensor:
+    return -0.5 * z.square().sum(-1)
 
 
 def steps(objective: fp.ReverseKL, c: Config) -> Iterator[int]:
@@ -257,7 +286,7 @@ def accuracy(target: Target, features: int, estimator: fp.Estimator, c: Config) 
 def run(c: Config, seed: int) -> Iterator[dict[str, Any]]:
     """Every part asked for."""
     torch.set_num_threads(1)
-    for part, work in (("dimension", dimension), ("cost", cost)):
+    for part, work in (("dimension", dimension), ("cost", cost), ("noise", noise)):
         if part in c.parts:
             torch.manual_seed(seed)
             yield {"part": part, "rows": work(c)}

@@ -7,28 +7,31 @@ Fits each set by each architecture and appends one JSON line a fit. Per fit, on 
 - `stray`, the share of samples where the true density is below that of all but 0.1 % of the data: bridges, mostly;
 - `missed`, the share of held-out rows whose density is less than a twentieth of the true one: modes left out.
 
-    python experiments/toy2d/run.py [key=value ...] [--smoke]       # then: python experiments/toy2d/plot.py
+    python experiments/toy2d/run.py [key=value ...] [--seeds 0,1] [--smoke]   # then plot.py beside it
 """
 
 from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import numpy as np
 import torch
-from sets import SETS, PlaneSet
 from torch import Tensor
 
 import flowpath as fp
+from experiments.runner import parse, settings, surroundings
+from experiments.toy2d.sets import SETS, PlaneSet
 
 HERE = Path(__file__).parent
 SIDE = 3.2  # the figure shows [-SIDE, SIDE]^2
@@ -45,50 +48,24 @@ ARCHITECTURES: dict[str, tuple[int, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of a run; `key=value` on the command line overrides.
+    """`key=value` on the command line overrides; `steps=0` takes each architecture's own."""
 
-    `sets` and `architectures` are names
-    with commas between; `steps` 0 takes each architecture's own.
-    """
-
-    sets: str = ",".join(SETS)
-    architectures: str = ",".join(ARCHITECTURES)
+    sets: tuple[str, ...] = tuple(SETS)
+    architectures: tuple[str, ...] = tuple(ARCHITECTURES)
     steps: int = 0
     batch_size: int = 512
     learning_rate: float = 2e-3
     held_out: int = 20000
     pixels: int = 100
-    seed: int = 0
     workers: int = 2
-    out: str = str(HERE)
 
 
-SMOKE = {"sets": "two moons,checkerboard", "steps": 3, "held_out": 200, "pixels": 10, "workers": 1}
+SMOKE = {"sets": ("two moons", "checkerboard"), "steps": 3, "held_out": 200, "pixels": 10, "workers": 1}
 
 
-def config(words: list[str]) -> Config:
-    """The Config of a command line; an unknown key or name is an error."""
-    kinds = {f.name: type(f.default) for f in fields(Config)}
-    smoke = "--smoke" in words
-    chosen: dict[str, Any] = {**SMOKE, "out": str(HERE / "runs" / "smoke")} if smoke else {}
-    for word in words:
-        if word == "--smoke":
-            continue
-        key, equals, value = word.partition("=")
-        if key not in kinds or not equals:
-            raise SystemExit(f"expected key=value with a key of {', '.join(kinds)}, or --smoke; got {word!r}")
-        chosen[key] = kinds[key](value)
-    c = Config(**chosen)
-    for kind, asked, known in (("set", c.sets, SETS), ("architecture", c.architectures, ARCHITECTURES)):
-        for name in asked.split(","):
-            if name not in known:
-                raise SystemExit(f"expected a {kind} of {', '.join(known)}; got {name!r}")
-    return c
-
-
-def fit(density: PlaneSet, architecture: str, c: Config) -> fp.Flow:
+def fit(density: PlaneSet, architecture: str, c: Config, seed: int) -> fp.Flow:
     """A flow fitted to fresh draws in every batch, so that it cannot overfit."""
-    generator = torch.Generator().manual_seed(c.seed)
+    generator = torch.Generator().manual_seed(seed)
     steps, options = ARCHITECTURES[architecture]
     batches = iter(lambda: density.draw(c.batch_size, generator), None)
     with warnings.catch_warnings():
@@ -99,7 +76,7 @@ def fit(density: PlaneSet, architecture: str, c: Config) -> fp.Flow:
             steps=c.steps or steps,
             learning_rate=c.learning_rate,
             validation=None,
-            seed=c.seed,
+            seed=seed,
             device="cpu",
             compile=False,
             progress=False,
@@ -108,12 +85,12 @@ def fit(density: PlaneSet, architecture: str, c: Config) -> fp.Flow:
     return result.flow
 
 
-def measure(density: PlaneSet, flow: fp.Flow, c: Config) -> dict[str, float]:
+def measure(density: PlaneSet, flow: fp.Flow, c: Config, seed: int) -> dict[str, float]:
     """The numbers of the module's docstring."""
-    x = density.draw(c.held_out, torch.Generator().manual_seed(c.seed + 1))
+    x = density.draw(c.held_out, torch.Generator().manual_seed(seed + 1))
     log_p, log_q = density.log_prob(x.double()), fp.log_prob(flow, x)
     gap = log_p - log_q
-    samples = flow.sample(c.held_out, generator=torch.Generator().manual_seed(c.seed + 2)).double()
+    samples = flow.sample(c.held_out, generator=torch.Generator().manual_seed(seed + 2)).double()
     least = log_p.quantile(0.001) - 1e-9
     return {
         "log_prob": float(log_q.mean()),
@@ -131,48 +108,51 @@ def grid(pixels: int) -> Tensor:
     return torch.cartesian_prod(side, side).flip(1)
 
 
-def density_map(log_prob: Tensor, pixels: int) -> np.ndarray:
-    """Density on the grid: `(pixels, pixels)` in float16."""
-    return log_prob.exp().reshape(pixels, pixels).to(torch.float16).numpy()
+def shades(log_prob: Tensor, top: float) -> np.ndarray:
+    """Square roots of densities `(pixels^2,)` as shades of grey `(pixels, pixels)`, 255 where they reach `top`."""
+    pixels = math.isqrt(len(log_prob))
+    return (255 * (log_prob.exp() / top).clamp(0.0, 1.0).sqrt()).round().byte().reshape(pixels, pixels).numpy()
 
 
-def one(name: str, architecture: str, c: Config) -> tuple[dict[str, Any], np.ndarray]:
-    """One fit: its JSON line, and its density on the grid."""
+def one(c: Config, seed: int, name: str, architecture: str) -> tuple[dict[str, Any], Tensor]:
+    """One fit: its numbers, and its log density on the grid."""
     torch.set_num_threads(1)
-    density, start = SETS[name](), time.perf_counter()
-    flow = fit(density, architecture, c)
-    seconds = round(time.perf_counter() - start, 1)
-    line = {"set": name, "architecture": architecture, **measure(density, flow, c), "seconds": seconds}
-    line |= {"options": ARCHITECTURES[architecture][1], "config": asdict(c), "commit": commit()}
-    return line, density_map(fp.log_prob(flow, grid(c.pixels)), c.pixels)
+    density, start = SETS[name](), time.process_time()
+    flow = fit(density, architecture, c, seed)
+    seconds = round(time.process_time() - start, 1)
+    steps, options = ARCHITECTURES[architecture]
+    line = {"set": name, "architecture": architecture, **measure(density, flow, c, seed), "cpu_seconds": seconds}
+    line |= {"seed": seed, "steps": c.steps or steps, "options": options}
+    return line, fp.log_prob(flow, grid(c.pixels))
 
 
-def commit() -> str | None:
-    """The commit that is checked out, "+" where files differ from it; None outside a repository."""
-    words = ("git", "-C", str(HERE), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*")
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
+def report(line: dict[str, Any]) -> str:
+    """A line for the terminal."""
+    return (
+        f"{line['set']:16s} {line['architecture']:19s} score {line['log_prob']:7.3f}, exact {line['exact']:7.3f}, gap "
+        f"{line['gap']:.3f} ± {line['gap_se']:.3f}, stray {line['stray']:.1%}, missed {line['missed']:.1%}, "
+        f"{line['cpu_seconds']} s"
+    )
 
 
 def main(words: list[str]) -> None:
-    """Every fit asked for: results.jsonl and densities.npz in `out`."""
-    c = config(words)
-    out = Path(c.out)
-    out.mkdir(parents=True, exist_ok=True)
-    names, kinds = c.sets.split(","), c.architectures.split(",")
-    maps = {f"{name}/true": density_map(SETS[name]().log_prob(grid(c.pixels).double()), c.pixels) for name in names}
-    jobs = [(name, kind) for name in names for kind in kinds]
-    with ProcessPoolExecutor(c.workers) as pool, open(out / "results.jsonl", "w", encoding="utf-8") as file:
-        for (name, kind), (line, image) in zip(jobs, pool.map(one, *zip(*jobs), [c] * len(jobs)), strict=True):
-            maps[f"{name}/{kind}"] = image
-            file.write(json.dumps(line) + "\n")
-            print(
-                f"{name:16s} {kind:19s} score {line['log_prob']:7.3f}, exact {line['exact']:7.3f}, "
-                f"gap {line['gap']:.3f} ± {line['gap_se']:.3f}, stray {line['stray']:.1%}, missed {line['missed']:.1%}, "
-                f"{line['seconds']} s",
-                flush=True,
-            )
-    np.savez_compressed(out / "densities.npz", **maps)
+    """Every fit asked for; leaves results.jsonl and, of the first seed, shades.npz."""
+    c, seeds, smoke = parse(words, Config, SMOKE)
+    if unknown := {*c.sets} - {*SETS} | {*c.architectures} - {*ARCHITECTURES}:
+        raise SystemExit(f"unknown: {', '.join(unknown)}; known: {', '.join([*SETS, *ARCHITECTURES])}")
+    folder = HERE / "runs" / "smoke" if smoke else HERE
+    folder.mkdir(parents=True, exist_ok=True)
+    truth = {name: SETS[name]().log_prob(grid(c.pixels).double()) for name in c.sets}
+    tops = {name: float(log_p.exp().max()) for name, log_p in truth.items()}
+    maps = {f"{name}/truth": shades(log_p, tops[name]) for name, log_p in truth.items()}
+    origin = {"config": settings(c), **surroundings()}
+    jobs = list(product([c], seeds, c.sets, c.architectures))
+    with ProcessPoolExecutor(c.workers) as pool, open(folder / "results.jsonl", "w", encoding="utf-8") as file:
+        for line, log_q in pool.map(one, *zip(*jobs, strict=True)):
+            file.write(json.dumps({**line, **origin}) + "\n")
+            maps.setdefault(f"{line['set']}/{line['architecture']}", shades(log_q, tops[line["set"]]))
+            print(report(line), flush=True)
+    np.savez_compressed(folder / "shades.npz", **maps)
 
 
 if __name__ == "__main__":

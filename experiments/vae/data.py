@@ -1,4 +1,4 @@
-"""28 x 28 images, binarised: MNIST from the folder that FLOWPATH_DATA names, any other set by path, or synthetic blobs."""
+"""28 x 28 images, binarised: MNIST from the folder that FLOWPATH_DATA names, any other set by path, or blobs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 MISSING = (
     "skipped: no images. Fetch MNIST as one file, images/mnist_full.npz with x_train (60000, 28, 28) and x_test "
-    "(10000, 28, 28) in uint8, into a folder and set FLOWPATH_DATA to that folder; or pass data=PATH of an .npz or .npy "
-    "file of 28 x 28 images; --smoke runs without"
+    "(10000, 28, 28) in uint8, into a folder and set FLOWPATH_DATA to that folder; or pass data=PATH of an .npz or "
+    ".npy file of 28 x 28 images; --smoke runs without"
 )
 
 

@@ -1,34 +1,43 @@
-"""Adapters to and from other libraries' transforms."""
+"""torch's and Pyro's transforms as flowpath's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import functools
+import types
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions import transforms as tt
 
+from flowpath.interop.as_torch import TransformForTorch
 from flowpath.registry import register
 from flowpath.transform import Direction, Transform
 
 
-def from_torch(transform: tt.Transform) -> TorchTransform:
+def from_torch(transform: tt.Transform) -> Transform:
     """A torch (or Pyro) transform as the last step from noise to data.
 
     torch's transforms map noise to data, so `fp.from_torch(t).inverse` is t and `.forward` is its inverse. With
     `torch.distributions.biject_to(constraint)` a flow lives on that support: positive, an interval, one side, a
     simplex, ordered vectors. Put it first in the Chain.
 
+    Pyro's learned transforms come in with their parameters, which train. Nothing is shared with `transform`, and
+    nothing of a call is kept: what torch and Pyro cache can outlive an update of the parameters.
+
     Args:
-        transform: a bijective torch transform. Its tensors become buffers.
+        transform: a bijective torch transform. Its tensors become buffers, its parameters parameters.
 
     Returns:
-        A Transform whose events have the transform's event dims, at least one.
+        A Transform whose events have the transform's event dims, at least one. Of what `fp.to_torch` made without a
+        context, the transform it was made of.
 
     Raises:
-        TypeError: no torch transform. ValueError: one that is not bijective.
+        TypeError: no torch transform, or one that waits for a context. ValueError: one that is not bijective, that
+            cannot be inverted at a new point, or whose parameters hang on a fixed context.
 
     Example:
         >>> import torch, flowpath as fp
@@ -37,7 +46,10 @@ def from_torch(transform: tt.Transform) -> TorchTransform:
         >>> bool((flow.sample(100) > 0).all()), flow.log_prob(torch.tensor([[1.0, -1.0]]))
         (True, tensor([-inf], grad_fn=<AddBackward0>))
     """
-    return TorchTransform(transform)
+    if isinstance(transform, TransformForTorch) and transform.context is None:
+        return transform.transform
+    _check(transform)
+    return TorchTransform(_without_cache(transform))  # fp.register remembers, and copies, what it is built with
 
 
 @register("TorchTransform")
@@ -50,13 +62,15 @@ class TorchTransform(Transform):
 
     context = None
 
+    torch_transform: tt.Transform
+
     def __init__(self, transform: tt.Transform) -> None:
-        if not isinstance(transform, tt.Transform):
-            raise TypeError(f"from_torch expects a torch.distributions Transform, got {type(transform).__name__}")
-        if not transform.bijective and type(transform) is not tt.StickBreakingTransform:
-            raise ValueError(f"from_torch expects a bijective transform, got {type(transform).__name__}")
+        _check(transform)
         super().__init__()
-        self.torch_transform = _without_cache(transform)
+        # Past Module's own __setattr__: what of it learns is registered below, once.
+        self.__dict__["torch_transform"] = _without_cache(transform)
+        learned = [t for t in _all(self.torch_transform) if isinstance(t, nn.Module)]
+        self.learned = nn.ModuleList(learned) if learned else None
         for name, value in _tensors("t", self.torch_transform):
             self.register_buffer(name.replace(".", "_"), value, persistent=False)
         self._paths = [name for name, _ in _tensors("t", self.torch_transform)]
@@ -85,19 +99,26 @@ class TorchTransform(Transform):
         self._image = _image(self.torch_transform)
         return self
 
-    def _ladj(self, z: Tensor, x: Tensor) -> Tensor:
-        codomain, domain = self._event_dims
-        if not x.numel():  # torch's sum over the event refuses an empty batch
-            return x.new_zeros(x.shape[: x.dim() - max(codomain, 1)])
-        ladj = self.torch_transform.log_abs_det_jacobian(z, x)
-        return ladj.sum(-1) if max(codomain, domain) == 0 else ladj
+    def _run(self, t: tt.Transform, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and ladj of t, which is `torch_transform` or its inverse."""
+        if not value.numel():  # torch's sum over the event refuses an empty batch, and so do some of Pyro's layers
+            out = value.reshape(t.forward_shape(value.shape))
+            return out, out.new_zeros(out.shape[: out.dim() - max(t.codomain.event_dim, 1)])
+        out = t(value)
+        ladj = t.log_abs_det_jacobian(value, out)
+        if self.learned is not None:  # Pyro keeps tensors of the last call, graph and all
+            _forget(self.learned)
+        if not max(self._event_dims):
+            return out, ladj.expand(out.shape).sum(-1)
+        return out, ladj.expand(out.shape[: out.dim() - t.codomain.event_dim])
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.data_support is None:
+            return self._run(self.torch_transform.inv, x)
         inside = _holds(self._image, x)
         wide = inside.reshape(*inside.shape, *(1,) * max(self._event_dims[0], 1))
         safe = torch.where(wide | torch.isnan(x), x, self._somewhere(x))
-        z = self.torch_transform.inv(safe)
-        ladj = -self._ladj(z, safe)
+        z, ladj = self._run(self.torch_transform.inv, safe)
         outside = ~inside & ~torch.isnan(x).flatten(inside.dim()).any(-1)
         return z, torch.where(outside, torch.full_like(ladj, -torch.inf), ladj)
 
@@ -107,8 +128,46 @@ class TorchTransform(Transform):
         return self.torch_transform(x.new_zeros(shape))
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        x = self.torch_transform(z)
-        return x, self._ladj(z, x)
+        return self._run(self.torch_transform, z)
+
+
+# Pyro calls these bijective; each of them finds the noise of its own last draw only.
+_NO_INVERSE = ("BlockAutoregressive", "NeuralAutoregressive", "Planar", "Polynomial", "Radial", "Sylvester")
+
+
+def _check(transform: Any) -> None:
+    """A bijective transform that can score new points and needs no context, or an error that says why not."""
+    title = type(transform).__name__
+    if not isinstance(transform, tt.Transform):
+        if hasattr(transform, "condition"):
+            raise TypeError(
+                f"from_torch expects a transform, got {title}, which makes one for each context; build it in flowpath, "
+                "with context= (fp.Coupling, fp.MaskedAutoregressive, fp.Elementwise)"
+            )
+        raise TypeError(f"from_torch expects a torch.distributions Transform, got {title}")
+    if not transform.bijective and type(transform) is not tt.StickBreakingTransform:
+        raise ValueError(f"from_torch expects a bijective transform, got {title}")
+    for part in (t for t in _all(transform) if not _parts(t)):
+        title = type(part).__name__
+        if title.removeprefix("Conditioned") in _NO_INVERSE or type(part)._inverse is tt.Transform._inverse:
+            raise ValueError(
+                f"from_torch cannot take {title}: it has no inverse, so it cannot both sample and score new points; "
+                "use fp.Coupling or fp.MaskedAutoregressive"
+            )
+        if _fixed_context(part):
+            raise ValueError(
+                f"from_torch cannot take {title}: its parameters come from a module beside it, as after "
+                "condition(context), and no flow could train or move them; build it in flowpath, with context= "
+                "(fp.Coupling, fp.MaskedAutoregressive, fp.Elementwise)"
+            )
+
+
+def _fixed_context(t: tt.Transform) -> bool:
+    """Whether t is what Pyro's `condition(context)` returns: it hangs on a module that it does not own."""
+    if isinstance(t, nn.Module) and any(type(m).__name__.startswith("Conditioned") for m in t.modules()):
+        return True
+    beside = (nn.Module, functools.partial, types.MethodType)
+    return any(isinstance(v, beside) and getattr(v, "__self__", None) is not t for v in vars(t).values())
 
 
 def _as_event(constraint: Any) -> Any:
@@ -181,13 +240,47 @@ def _without_cache(t: tt.Transform) -> tt.Transform:
         return tt.IndependentTransform(_without_cache(t.base_transform), t.reinterpreted_batch_ndims)
     if isinstance(t, tt._InverseTransform):
         return _without_cache(t.inv).inv
-    copy = t.with_cache(0) if t._cache_size else t
-    new = object.__new__(type(copy))
+    if isinstance(t, tt.CatTransform):
+        return tt.CatTransform([_without_cache(p) for p in t.transforms], t.dim, t.lengths)
+    if isinstance(t, tt.StackTransform):
+        return tt.StackTransform([_without_cache(p) for p in t.transforms], t.dim)
+    if isinstance(t, nn.Module):
+        return _copy_of_module(t)
+    new = object.__new__(type(t))
     new.__dict__.update(
-        {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in copy.__dict__.items() if k != "_inv"}
+        {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in t.__dict__.items() if k != "_inv"}
     )
-    new._inv = None
+    new._inv, new._cache_size, new._cached_x_y = None, 0, (None, None)
     return new
+
+
+def _copy_of_module(t: Any) -> Any:
+    """A deep copy without the tensors of the last call, which no deepcopy takes, and without a cache from now on."""
+    held: dict[int, Any] = {id(v): None for m in t.modules() for v in _kept(m).values()}
+    held |= {id(m.__dict__["_cached_x_y"]): (None, None) for m in t.modules() if "_cached_x_y" in m.__dict__}
+    new = copy.deepcopy(t, held)
+    for m in new.modules():
+        if isinstance(m, tt.Transform):
+            m._cache_size, m._inv = 0, None
+    return new
+
+
+def _kept(m: nn.Module) -> dict[str, Tensor]:
+    """The tensors of its last call that a Pyro transform holds."""
+    return {k: v for k, v in vars(m).items() if k.startswith("_cache") and isinstance(v, Tensor)}
+
+
+def _forget(m: nn.Module) -> None:
+    for part in m.modules():
+        for name in _kept(part):
+            setattr(part, name, None)
+
+
+def _all(t: tt.Transform) -> Iterator[tt.Transform]:
+    """t and all that it is made of."""
+    yield t
+    for _, part in _parts(t):
+        yield from _all(part)
 
 
 def _parts(t: tt.Transform) -> list[tuple[str, tt.Transform]]:
@@ -197,6 +290,8 @@ def _parts(t: tt.Transform) -> list[tuple[str, tt.Transform]]:
         return [("base_transform", t.base_transform)]
     if isinstance(t, tt._InverseTransform):
         return [("_inv", t._inv)]  # type: ignore[list-item]
+    if isinstance(t, tt.CatTransform | tt.StackTransform):
+        return [(f"transforms.{i}", p) for i, p in enumerate(t.transforms)]
     return []
 
 
