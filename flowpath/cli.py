@@ -6,14 +6,39 @@ What a command needs is imported when it runs, so that `--help` stays quick.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 USER_ERROR = 2
-INTERRUPTED = 130
+INTERRUPTED = 128  # and the signal's number: 130 after Ctrl-C, 143 after SIGTERM
+
+# The library speaks of its arguments; here they are flags.
+_FLAGS = {
+    "FlowDensity.": "",
+    "pass missing='drop'": "pass --missing drop",
+    "at_bound='nudge'": "--at-bound nudge",
+    "sample_weight": "--weights",
+    "see test=": "see --test",
+    "drop or encode them": "name the columns to fit with --columns",
+    "; pass overwrite=True": "; pass --force",
+}
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM: the signal's number, and what to tell the user."""
+
+    def __init__(self, number: int, says: str = "interrupted") -> None:
+        super().__init__(says)
+        self.number = number
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,7 +59,7 @@ class Version(argparse.Action):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole grammar; every subcommand leaves its function in `run`."""
+    """The whole grammar; every subcommand leaves its function in `act`."""
     top = Parser(
         prog="flowpath",
         description="Normalizing flows for densities and for pathwise-gradient variational inference.",
@@ -52,53 +77,88 @@ def _add_fit(commands: argparse._SubParsersAction[Parser]) -> None:
     p = commands.add_parser(
         "fit",
         help="fit a flow to a table",
-        description=(
-            "Fit a flow to the columns of a .csv, .csv.gz, .parquet or .npy table and judge it on rows it did not see. "
-            "Prints the columns first; leaves the estimator, its history, the held-out rows and report.html in --out."
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=_text(
+            """
+            Fit a flow to the columns of a table (.csv, .csv.gz, .parquet or .npy) and judge it on rows it did not
+            see. The columns are printed first. --out then holds the fitted estimator, its history, the rows held out
+            and report.html.
+            """
         ),
-        epilog="Ctrl-C leaves the best weights and a checkpoint; the same command with --resume goes on.",
+        epilog=_text(
+            """
+            Ctrl-C and SIGTERM leave the best weights so far and a checkpoint; the same command with --resume goes on.
+            A supports file has a line a column, such as: z = "positive", n_det = "integer(0)", p = "interval(0, 1)";
+            the words are real, positive, interval(a, b), above(a), below(b), integer(lo, hi), lattice(step, offset).
+            """
+        )
+        + "\n\nexample:\n  flowpath fit stars.parquet --columns mag,colour --context z --test 0.1 --out run",
     )
-    p.add_argument("table", help="the table")
+    p.add_argument("table", metavar="TABLE", help="file to read")
     p.add_argument("--out", required=True, metavar="DIR", help="run folder to make")
-    p.add_argument("--columns", metavar="A,B,...", help="columns to fit (default: all but context and weights)")
-    p.add_argument("--context", metavar="C,...", help="columns the density is given")
-    p.add_argument("--weights", metavar="W", help="column of row weights")
-    p.add_argument("--supports", metavar="TOML", help='file of lines such as: z = "positive", n = "integer(0)"')
-    p.add_argument("--test", type=float, metavar="SHARE", help="share of rows scored once, at the end")
-    p.add_argument(
-        "--validation", type=float, default=0.1, metavar="SHARE", help="share to stop early on (%(default)s)"
+    rows = p.add_argument_group("columns and rows")
+    rows.add_argument("--columns", metavar="A,B", help="columns to fit (default: all but those of the next two)")
+    rows.add_argument("--context", metavar="C,D", help="columns that the density is conditional on")
+    rows.add_argument("--weights", metavar="W", help="column of row weights")
+    rows.add_argument("--supports", metavar="TOML", help="where values can lie (default: any number, every column)")
+    _add_missing(rows, "error")
+    rows.add_argument(
+        "--at-bound", choices=("error", "nudge"), default="error", help="values on an open bound (default: error)"
     )
-    p.add_argument("--arch", default="nsf", metavar="NAME", help="nsf, nsf_autoregressive, maf, realnvp, iaf, gaussian")
-    p.add_argument("--missing", choices=("error", "drop"), default="error", help="rows with missing values")
-    p.add_argument("--at-bound", choices=("error", "nudge"), default="error", help="values exactly on an open bound")
-    p.add_argument("--epochs", type=int, metavar="N", help="at most so many passes over the rows")
-    p.add_argument("--time-limit", type=float, metavar="S", help="at most so many seconds of training")
-    p.add_argument("--device", default="auto", help='"cpu", "cuda", or "auto" (default)')
-    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    _add_common(p)
-    p.set_defaults(run=_of_tables("fit"))
+    rows.add_argument("--validation", type=_share, default=0.1, metavar="SHARE", help="of rows that choose the weights")
+    rows.add_argument("--test", type=_share, metavar="SHARE", help="of rows scored once, at the end (default: none)")
+    how = p.add_argument_group("training")
+    how.add_argument(
+        "--arch", default="nsf", metavar="NAME", help="nsf (default), nsf_autoregressive, maf, realnvp, iaf, gaussian"
+    )
+    how.add_argument("--epochs", type=_count, metavar="N", help="at most so many passes over the rows")
+    how.add_argument("--time-limit", type=_seconds, metavar="S", help="at most so many seconds of training")
+    how.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    _add_common(p, device="auto")
+    p.set_defaults(act=_of_tables("fit"))
 
 
 def _add_sample(commands: argparse._SubParsersAction[Parser]) -> None:
-    p = commands.add_parser("sample", help="draw rows", description="Draw rows from a run into a new table.")
-    p.add_argument("run_folder", metavar="RUN", help="folder that `flowpath fit` made")
-    p.add_argument("-n", type=int, default=1000, metavar="N", help="how many rows (default: %(default)s)")
-    p.add_argument("--given", nargs="+", metavar="NAME=NUMBER", help="values of the context")
+    p = commands.add_parser(
+        "sample",
+        help="draw rows",
+        description="Draw rows from a run into a new table, in the columns and units of the fit.",
+        epilog="example: flowpath sample run -n 100000 --given z=0.5 --out mock.parquet",
+    )
+    _add_run(p)
+    p.add_argument("-n", type=_count, metavar="N", help="how many rows (default: 1000, or one a row of --given FILE)")
+    p.add_argument(
+        "--given",
+        nargs="+",
+        action="extend",
+        metavar="NAME=NUMBER",
+        help="the context: a number for each of its columns, or a table with a row for each draw",
+    )
     p.add_argument("--out", required=True, metavar="FILE", help="table to write: .csv, .csv.gz, .parquet or .npy")
     _add_common(p)
-    p.set_defaults(run=_of_tables("sample"))
+    p.set_defaults(act=_of_tables("sample"))
 
 
 def _add_score(commands: argparse._SubParsersAction[Parser]) -> None:
     p = commands.add_parser(
-        "score", help="score rows", description="Write the log density in nats of each row of a table, in its order."
+        "score",
+        help="score rows",
+        description=_text(
+            """
+            Write the log density of each row of a table, in its order: nats, in the units of the columns, times
+            probability mass for integers and lattices. Rows outside the supports score -inf, rows that miss a value NaN
+            (with --missing drop).
+            """
+        ),
+        epilog="example: flowpath score run new.csv --id object --out scores.csv",
     )
-    p.add_argument("run_folder", metavar="RUN", help="folder that `flowpath fit` made")
-    p.add_argument("table", help="the table")
-    p.add_argument("--id", metavar="COLUMN", help="column to carry along (default: the row's number)")
-    p.add_argument("--out", required=True, metavar="FILE", help="table to write: .csv, .csv.gz or .parquet")
+    _add_run(p)
+    p.add_argument("table", metavar="TABLE", help="file to read")
+    p.add_argument("--id", metavar="COLUMN", help="column to carry along (default: the row's number, from 0)")
+    _add_missing(p, None)
+    p.add_argument("--out", required=True, metavar="FILE", help="table to write: .csv, .csv.gz, .parquet or .npy")
     _add_common(p)
-    p.set_defaults(run=_of_tables("score"))
+    p.set_defaults(act=_of_tables("score"))
 
 
 def _add_check(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -106,28 +166,70 @@ def _add_check(commands: argparse._SubParsersAction[Parser]) -> None:
         "check",
         help="judge a fit",
         description="Say whether a run is sound and any good, on a table or on the rows held out; write report.html.",
+        epilog="example: flowpath check run new.csv --out verdict",
     )
-    p.add_argument("run_folder", metavar="RUN", help="folder that `flowpath fit` made")
-    p.add_argument("table", nargs="?", help="rows the fit did not see (default: those it held out)")
+    _add_run(p)
+    p.add_argument("table", nargs="?", metavar="TABLE", help="rows the fit did not see (default: those it held out)")
+    _add_missing(p, None)
+    p.add_argument("--out", metavar="DIR", help="folder to make (default: check, check-2, ... in the run)")
     _add_common(p)
-    p.set_defaults(run=_of_tables("check_run"))
+    p.set_defaults(act=_of_tables("check_run"))
 
 
-def _add_common(p: Parser) -> None:
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything random (default: 0)")
+def _add_run(p: Parser) -> None:
+    p.add_argument("run", metavar="RUN", help="folder that flowpath fit made")
+
+
+def _add_missing(p: argparse._ActionsContainer, default: str | None) -> None:
+    said = default or "as in the fit"
+    p.add_argument("--missing", choices=("error", "drop"), default=default, help=f"rows that miss a value ({said})")
+
+
+def _add_common(p: Parser, device: str = "cpu") -> None:
+    p.add_argument("--device", default=device, metavar="NAME", help="cpu, cuda, cuda:1 or auto (default: %(default)s)")
+    p.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of everything random (default: 0)")
     p.add_argument("--force", action="store_true", help="replace what is there")
+
+
+def _count(word: str) -> int:
+    return int(_within(word, "a whole number above 0", lambda v: v >= 1 and v.is_integer()))
+
+
+def _seed(word: str) -> int:
+    return int(_within(word, "a whole number from 0 to 4294967295", lambda v: 0 <= v < 2**32 and v.is_integer()))
+
+
+def _share(word: str) -> float:
+    return _within(word, "a share of the rows, from 0 to below 1", lambda v: 0 <= v < 1)
+
+
+def _seconds(word: str) -> float:
+    return _within(word, "seconds above 0", lambda v: 0 < v < float("inf"))
+
+
+def _within(word: str, want: str, right: Callable[[float], bool]) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = float("nan")
+    if not right(value):
+        raise argparse.ArgumentTypeError(f"expected {want}, got {word!r}")
+    return value
+
+
+def _text(block: str) -> str:
+    return textwrap.fill(" ".join(block.split()), 100)
 
 
 def _of_tables(name: str) -> Callable[[argparse.Namespace], None]:
     """A command of flowpath.commands, imported when it runs."""
 
-    def run(args: argparse.Namespace) -> None:
+    def act(args: argparse.Namespace) -> None:
         from flowpath import commands
 
-        args.run = getattr(args, "run_folder", None)
         getattr(commands, name)(args)
 
-    return run
+    return act
 
 
 def _add_demo(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -149,7 +251,7 @@ def _add_demo(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     p.add_argument("--seed", type=int, default=0, metavar="N", help="seed of data, fit and samples (default: 0)")
     p.add_argument("--quick", action="store_true", help="a few seconds of training: shows the steps, proves nothing")
-    p.set_defaults(run=_demo)
+    p.set_defaults(act=_demo)
 
 
 def _add_doctor(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -158,7 +260,7 @@ def _add_doctor(commands: argparse._SubParsersAction[Parser]) -> None:
         help="report versions, devices, threads, compiler and extras",
         description="Report what flowpath finds on this machine. Paste it into a bug report.",
     )
-    p.set_defaults(run=_doctor)
+    p.set_defaults(act=_doctor)
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -180,26 +282,59 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the program's name; None takes them from the command line.
 
     Returns:
-        The exit code: 0, 2 where the user can mend what went wrong (one line says what), 130 after Ctrl-C.
+        The exit code: 0, 2 where the user can mend what went wrong (one line says what), 130 after Ctrl-C, 143 after
+        SIGTERM.
     """
     args = parser().parse_args(argv)
+    args.words = list(sys.argv[1:] if argv is None else argv)
     try:
-        args.run(args)
+        with _terminable(), warnings.catch_warnings():
+            warnings.showwarning = _warning
+            args.act(args)
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        print("flowpath: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if args.debug:
+    except KeyboardInterrupt as stop:
+        print(f"flowpath: {_one_line(stop) if stop.args else 'interrupted'}", file=sys.stderr)
+        return INTERRUPTED + getattr(stop, "number", signal.SIGINT)
+    except (ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        if args.debug or not _is_users(error):
             raise
         print(f"flowpath: {_one_line(error)}", file=sys.stderr)
         return USER_ERROR
     return 0
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, so that nothing is left half written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    raise Interrupted(number)
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether the user can mend it: of torch's RuntimeErrors only a lack of memory."""
+    return not isinstance(error, RuntimeError) or "memory" in str(error)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    for python, flag in _FLAGS.items():
+        text = text.replace(python, flag)
+    return text
+
+
+def _warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"flowpath: warning: {_one_line(Warning(message))}", file=sys.stderr)

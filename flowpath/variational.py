@@ -22,9 +22,9 @@ class ReverseKL(nn.Module):
     r"""KL(q || p) up to log Z: the mean of log q(z) - log p(z) over draws z ~ q of the flow.
 
     With `Pathwise(score_weight="auto")` the weight c of the score part is the one of least variance,
-    c = -<p1 - p2, s1 - s2> / |s1 - s2|^2 from path and score gradients of two half batches: a moving average, clipped
-    to [0, 1]. It is estimated on draws of its own every `update_every` steps, so the gradient stays unbiased, and lives
-    in buffers, so it is saved with the objective.
+    c = -<p1 - p2, s1 - s2> / |s1 - s2|^2 from path and score gradients of two half batches, clipped to [0, 1] and averaged
+    over the last ten or so. It is estimated on draws of its own every `update_every` steps, so the gradient stays
+    unbiased, and lives in buffers, so it is saved with the objective.
 
     Args:
         flow: the flow q.
@@ -43,7 +43,7 @@ class ReverseKL(nn.Module):
 
     context: Tensor | None
     score_weight: Tensor
-    moments: Tensor
+    updates: Tensor
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class ReverseKL(nn.Module):
         self.num_samples, self.update_every = num_samples, update_every
         self.register_buffer("context", context)
         self.register_buffer("score_weight", torch.ones((), dtype=flow.base.like.dtype))
-        self.register_buffer("moments", torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
         self._count = 0
         self.last: Tensor | None = None
 
@@ -91,15 +91,14 @@ class ReverseKL(nn.Module):
         return -self.log_density(z)
 
     def _update_weight(self) -> None:
-        """One more pair of half batches for the running moments behind the weight."""
+        """One more pair of half batches; each moves the average by a bounded step, so a heavy tail cannot run away with it."""
         params = [p for p in self.flow.parameters() if p.requires_grad]
         pairs = [self._half_batch(params) for _ in range(2)]
         path, score = (pairs[0][k] - pairs[1][k] for k in (0, 1))
-        new = torch.stack([-(path @ score), score @ score]).to(self.moments)
-        if torch.isfinite(new).all():
-            self.moments.mul_(0.8).add_(new)
-            ratio = self.moments[0] / self.moments[1].clamp_min(torch.finfo(torch.float64).tiny)
-            self.score_weight.copy_(ratio.clamp(0.0, 1.0))
+        ratio = -(path @ score) / (score @ score).clamp_min(torch.finfo(score.dtype).tiny)
+        if torch.isfinite(ratio):
+            self.updates.add_(1)
+            self.score_weight.lerp_(ratio.clamp(0.0, 1.0).to(self.score_weight), 1.0 / min(int(self.updates), 10))
 
     def _half_batch(self, params: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
         """Path and score gradients of the loss over half a batch of fresh draws, flattened."""

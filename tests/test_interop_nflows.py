@@ -373,6 +373,24 @@ def test_copies_of_a_newer_nflows_are_not_trusted_blindly() -> None:
     assert isinstance(t, NflowsTransform)
 
 
+class Stack(nt.CompositeTransform):
+    """As users write them."""
+
+    def __init__(self) -> None:
+        super().__init__([nt.LULinear(D), made()])
+
+
+class Louder(nt.LULinear):
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z, ladj = super().forward(inputs, context)
+        return 2.0 * z, ladj + D * torch.log(torch.tensor(2.0))
+
+
+def test_subclasses_are_rebuilt_where_they_change_nothing() -> None:
+    assert [type(t) for t in fp.from_nflows(Stack(), native=True).transforms] == [fp.LU, fp.MaskedAutoregressive]
+    assert isinstance(fp.from_nflows(Louder(D), native=True), NflowsTransform)
+
+
 def test_transforms_of_ours_inside_are_kept() -> None:
     inner = fp.LU(D).double()
     t = fp.from_nflows(nt.CompositeTransform([inner, nt.InverseTransform(inner)]), native=True)

@@ -1,4 +1,4 @@
-"""Draw the four figures from the saved lines: dimension.png, cost.png, training.png, accuracy.png.
+"""Draw the four figures from the saved lines, dimension.png, cost.png, training.png, accuracy.png; print their tables.
 
     python experiments/estimators/plot.py [folder]
 
@@ -8,7 +8,7 @@ Lines are closed forms, dots with bars are means over seeds with their standard 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def accuracy(lines: Lines) -> Figure:
     """What the estimators buy at equal steps."""
     found = [line for line in lines if line["part"] == "accuracy"]
     cases = list(dict.fromkeys((line["target"], line["features"]) for line in found))
-    fig = Figure(figsize=(11, 3.6), layout="constrained")
+    fig = Figure(figsize=(11, 3.9), layout="constrained")
     titles = {"kl": "KL(q | p), nats", "ess": "ESS of importance weights", "w1": "marginal W1, sd of p"}
     for axes, (key, title) in zip(fig.subplots(1, 3), titles.items(), strict=True):
         for shift, kind in zip((-0.2, 0.0, 0.2), ("total", "path", "auto"), strict=True):
@@ -150,13 +150,46 @@ def accuracy(lines: Lines) -> Figure:
             axes.plot(np.arange(len(cases)), floor, "_", color="0.5", ms=22, label="two exact samples")
         axes.set_xticks(range(len(cases)), [f"{t}\n{d}" for t, d in cases], fontsize=7)
         axes.set(yscale="log", title=title)
-    fig.axes[2].legend(fontsize=7)
+    fig.legend(*fig.axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return fig
 
 
+def shown(values: Iterable[float]) -> str:
+    """Mean and standard error over seeds as text."""
+    mean, error = mean_and_error(values)
+    return f"{mean:.3g} ± {error:.1g}"
+
+
+def tables(lines: Lines) -> Iterator[str]:
+    """What the figures show, in numbers."""
+    for part in ("dimension", "cost"):
+        rows = rows_of(lines, part)
+        for cost, x in dict.fromkeys((r["cost"], r["x"]) for r in rows):
+            found = [r for r in rows if (r["cost"], r["x"]) == (cost, x)]
+            pairs = (f"{k} {v:.3g} ({shown(r['measured'][k] for r in found)})" for k, v in found[0]["closed"].items())
+            yield f"{cost:8s} {x:<6.3g} closed form (measured): {', '.join(pairs)}"
+    rows = rows_of(lines, "noise")
+    for d, n in dict.fromkeys((r["features"], r["num_samples"]) for r in rows):
+        gains = [r["gain"] for r in rows if (r["features"], r["num_samples"]) == (d, n)]
+        pairs = (f"{k} {shown(g[k] for g in gains)}" for k in gains[0])
+        yield f"Sobol, D = {d}, {n} samples, variance divided by: {', '.join(pairs)}"
+    rows = rows_of(lines, "training")
+    for target, step in dict.fromkeys((r["target"], r["step"]) for r in rows):
+        found = [r for r in rows if (r["target"], r["step"]) == (target, step)]
+        for key in ("variance", "milliseconds"):
+            pairs = (f"{k} {shown(r[key][k] for r in found)}" for k in found[0][key])
+            yield f"{target} step {step}, {key}: {', '.join(pairs)}"
+    runs = [line for line in lines if line["part"] == "accuracy"]
+    for case in dict.fromkeys((r["target"], r["features"], r["estimator"]) for r in runs):
+        found = [r for r in runs if (r["target"], r["features"], r["estimator"]) == case]
+        pairs = (f"{k} {shown(r[k] for r in found)}" for k in ("kl", "ess", "khat", "w1", "cpu_seconds"))
+        yield f"{case[0]} D = {case[1]} {case[2]}: {', '.join(pairs)}"
+
+
 def main(folder: Path) -> None:
-    """Read a folder that run.py filled; leave the figures of the parts that are there in it."""
+    """Read a folder that run.py filled; leave the figures of the parts that are there in it, and print the tables."""
     lines = load(folder)
+    print("\n".join(tables(lines)))
     group = lines[-1]["config"]["group"] if lines else GROUP
     parts = {line["part"] for line in lines}
     if "dimension" in parts:

@@ -1,5 +1,7 @@
 """Draw vae.png from the saved lines: variance of each estimator, test bound against time, posteriors compared.
 
+Prints the same as a table.
+
     python experiments/vae/plot.py [folder]
 
 Means over seeds with their standard errors. The score function without a baseline is below the right panel.
@@ -8,6 +10,7 @@ Means over seeds with their standard errors. The score function without a baseli
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,9 @@ def figure(lines: Lines) -> Figure:
         curve(middle, by[name], "time", lambda row: row["bound"], name)
     best = max(row["bound"] for line in lines for row in line["rows"])
     middle.set(ylim=(2.2 * best, 0.95 * best), xlabel="seconds of training", title="test bound, nats an image")
+    if "score" in by:
+        end, _ = mean_and_error(line["rows"][-1]["bound"] for line in by["score"])
+        middle.text(0.35, 0.45, f"score: {end:.0f} at the end", color=COLOURS["score"], transform=middle.transAxes)
     middle.legend(fontsize=7)
     shown = [m for m in ("leave-one-out", "pathwise", "iaf", "spline") if m in by]
     places = {m: i for i, m in enumerate(shown)}
@@ -69,9 +75,31 @@ def figure(lines: Lines) -> Figure:
     return fig
 
 
+def tables(lines: Lines) -> Iterator[str]:
+    """What the figure shows, in numbers: mean ± standard error over seeds."""
+
+    def shown(values: Iterable[float]) -> str:
+        mean, error = mean_and_error(values)
+        return f"{mean:.5g} ± {error:.2g}"
+
+    for method in dict.fromkeys(line["method"] for line in lines):
+        found = [line for line in lines if line["method"] == method]
+        last = [line["rows"][-1] for line in found]
+        pairs = (f"{k} {shown(line[k] for line in found)}" for k in ("log_p", "bound", "gap", "ess", "cpu_seconds"))
+        yield f"{method}: test bound {shown(r['bound'] for r in last)} after {shown(r['time'] for r in last)} s"
+        yield f"    weighted: {', '.join(pairs)}"
+        snapshots = list(zip(*(line["rows"] for line in found), strict=True))
+        course = (f"{shown(r['bound'] for r in s)} at {np.mean([r['time'] for r in s]):.3g} s" for s in snapshots)
+        yield f"    on the way: {', '.join(course)}"
+        pairs = (f"{k} {shown(r['variance'][k] for r in last)}" for k in last[0]["variance"])
+        yield f"    variance at the end: {', '.join(pairs)}"
+
+
 def main(folder: Path) -> None:
-    """Read a folder that run.py filled and leave vae.png in it."""
-    figure(load(folder)).savefig(folder / "vae.png", dpi=110)
+    """Read a folder that run.py filled, leave vae.png in it and print the table."""
+    lines = load(folder)
+    figure(lines).savefig(folder / "vae.png", dpi=110)
+    print("\n".join(tables(lines)))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,10 @@ class NflowsTransform(Transform):
         try:
             out, ladj = call(value.reshape(-1, *event), rows(context))  # type: ignore[operator]
         except Exception as error:
-            raise _explained(error, direction) or error from error
+            told = _explained(error, direction)
+            if told is None:
+                raise
+            raise told from error
         if ladj.shape != (batch.numel(),):
             raise ValueError(
                 f"{type(self.transform).__name__} of nflows should return a log-det of shape ({batch.numel()},), one "

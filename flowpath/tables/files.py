@@ -130,7 +130,7 @@ def _as_value_error(path: Path, kind: str) -> Iterator[None]:
 
     try:
         yield
-    except (pl.exceptions.PolarsError, EOFError, UnicodeDecodeError, gzip.BadGzipFile, csv.Error) as error:
+    except (pl.exceptions.PolarsError, EOFError, UnicodeDecodeError, OSError, csv.Error) as error:
         line = str(error).strip().splitlines()
         raise ValueError(
             f"read: {path} cannot be read as {kind} ({line[0] if line else type(error).__name__})"

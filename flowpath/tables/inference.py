@@ -130,8 +130,9 @@ def _lattice(distinct: np.ndarray) -> Support | None:
     """The coarsest lattice that all values lie on, up to rounding; two values alone are a flag with both as bounds."""
     gap = float(np.diff(distinct).min())
     if len(distinct) == 2:
-        step, offset = _tidy(gap, 4), float(distinct[0])
-        return lattice(step, offset, lo=offset, hi=offset + step)
+        step = _tidy(gap, 4)
+        low, high = (round(v, 6 - math.floor(math.log10(step))) for v in distinct.tolist())
+        return lattice(step, low, lo=low, hi=high)
     span = float(distinct[-1] - distinct[0])
     for step in (_tidy(gap, 1), _tidy(gap, 2), span / round(span / gap)):
         k = (distinct - distinct[0]) / step

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import biject_to
-from torch.distributions.transforms import CatTransform
+from torch.distributions.transforms import AffineTransform, CatTransform
 from torch.quasirandom import SobolEngine
 
 from flowpath.interop import from_torch
@@ -94,10 +95,12 @@ class Layout:
         return x
 
     def transform(self) -> Transform | None:
-        """The map from the cells to the whole space, its ladj in the user's units; None where every column is real."""
-        if all(s == real() for s in self.supports):
+        """The map from the cells to the whole space, its ladj in the user's units; None where they are that space."""
+        bounded = [any(map(math.isfinite, s.cells)) for s in self.supports]
+        if not any(bounded):
             return None
-        parts = [biject_to(s.constraint()) for s in self.supports]
+        same = AffineTransform(0.0, 1.0)
+        parts = [biject_to(s.constraint()) if b else same for s, b in zip(self.supports, bounded, strict=True)]
         return from_torch(CatTransform(parts, dim=-1, lengths=[1] * len(parts)))
 
 
