@@ -22,9 +22,9 @@ class ReverseKL(nn.Module):
     r"""KL(q || p) up to log Z: the mean of log q(z) - log p(z) over draws z ~ q of the flow.
 
     With `Pathwise(score_weight="auto")` the weight c of the score part is the one of least variance,
-    c = -<p1 - p2, s1 - s2> / |s1 - s2|^2 from path and score gradients of two half batches, clipped to [0, 1] and averaged
-    over the last ten or so. It is estimated on draws of its own every `update_every` steps, so the gradient stays
-    unbiased, and lives in buffers, so it is saved with the objective.
+    c = -<p1 - p2, s1 - s2> / |s1 - s2|^2 from path and score gradients of two half batches, clipped to [0, 1] and
+    averaged over the last ten or so. It is estimated on draws of its own every `update_every` steps, so the gradient
+    stays unbiased, and lives in buffers, so it is saved with the objective.
 
     Args:
         flow: the flow q.
@@ -91,7 +91,7 @@ class ReverseKL(nn.Module):
         return -self.log_density(z)
 
     def _update_weight(self) -> None:
-        """One more pair of half batches; each moves the average by a bounded step, so a heavy tail cannot run away with it."""
+        """One more pair of half batches; each moves the average by a bounded step, whatever its tails."""
         params = [p for p in self.flow.parameters() if p.requires_grad]
         pairs = [self._half_batch(params) for _ in range(2)]
         path, score = (pairs[0][k] - pairs[1][k] for k in (0, 1))
