@@ -23,7 +23,11 @@ INTERRUPTED = 128  # and the signal's number: 130 after Ctrl-C, 143 after SIGTER
 
 # The library speaks of its arguments; here they are flags.
 _FLAGS = {
+    "FlowDensity.to_cells": "check",
+    "FlowDensity.score_samples": "score",
     "FlowDensity.": "",
+    "FlowDensity knows no architecture": "--arch: there is no architecture",
+    "without resume=": "with --force",
     "pass missing='drop'": "pass --missing drop",
     "at_bound='nudge'": "--at-bound nudge",
     "sample_weight": "--weights",
@@ -218,7 +222,7 @@ def _within(word: str, want: str, right: Callable[[float], bool]) -> float:
 
 
 def _text(block: str) -> str:
-    return textwrap.fill(" ".join(block.split()), 100)
+    return textwrap.fill(" ".join(block.split()), 79)
 
 
 def _of_tables(name: str) -> Callable[[argparse.Namespace], None]:

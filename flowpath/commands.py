@@ -1,48 +1,59 @@
 """What `flowpath fit | sample | score | check` do: tables in, a run folder, tables and a report out.
 
 A run folder holds flow.safetensors and table.json (the estimator), history.csv and fit.json (how it came about),
-held_out.parquet (rows the weights were not fitted to), report.html and its figures.
+held_out.parquet (rows the weights were not fitted to), run.json (what was asked), checkpoint.safetensors, report.html
+and its figures.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
+import signal
+import threading
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from flowpath import plot, report, tables
+from flowpath import report, tables
+from flowpath.cli import Interrupted
 from flowpath.density import FlowDensity
-from flowpath.diagnostics import Report, check
+from flowpath.scope import leads
+from flowpath.supports import Support, read_supports
+from flowpath.training.rows import plural
 
 if TYPE_CHECKING:
     import polars as pl
 
-_DRAWS = 5000
+    from flowpath.training.loop import State
+
+_FLOW, _CHECKPOINT, _HELD, _NOTE = "flow.safetensors", "checkpoint.safetensors", "held_out.parquet", "run.json"
+_MADE = (_FLOW, _CHECKPOINT, _HELD, _NOTE, "table.json", "history.csv", "fit.json", *report.FILES)
+_SAME = ("columns", "context", "weights", "arch", "seed", "validation", "test", "missing", "at_bound")  # to resume
+_ROWS = 1000
 
 
 def fit(args: Namespace) -> None:
     """Fit a table and leave a run folder; the column table is printed first."""
     run = Path(args.out)
-    _refuse_existing(run / "flow.safetensors", args.force or args.resume)
-    wanted = _names(args.columns)
-    context, weight = _names(args.context) or [], args.weights
+    _check_run(run, args)
+    _device(args.device)
     table = tables.read(args.table)
-    names = wanted or [c for c in table.columns if c not in (*context, weight)]
-    _check_roles(names, context, weight)
+    names, context, weight = _roles(args, table)
     frame = tables.pick(table, names, "fit")
-    supports = _supports(args.supports)
-    print(tables.describe(frame, supports), flush=True)
-    run.mkdir(parents=True, exist_ok=True)
-    checkpoint = run / "checkpoint.safetensors"
-    if args.force and not args.resume:
-        checkpoint.unlink(missing_ok=True)
-    if args.resume and not checkpoint.exists():
-        raise FileNotFoundError(f"--resume: there is no checkpoint in {run}; leave --resume out to begin anew")
+    supports = None if args.supports is None else _of_columns(read_supports(args.supports), names, table.columns)
+    if leads():
+        _tell_columns(frame, supports, context, weight)
     model = FlowDensity(
         supports,
         args.arch,
@@ -54,151 +65,397 @@ def fit(args: Namespace) -> None:
         time_limit=args.time_limit,
         device=args.device,
         random_state=args.seed,
-        fit_options={"checkpoint": run, "resume": run if args.resume else None},
     )
-    weights = None if weight is None else tables.pick(table, [weight], "fit").to_numpy()[:, 0]
-    model.fit(frame, sample_weight=weights, context=tables.pick(table, context, "fit") if context else None)
+    given = tables.pick(table, context, "fit") if context else None
+    weights = None if weight is None else _weights(table, weight)
+    watch = _Watch(run, {**{name: getattr(args, name) for name in _SAME}, "supports": _words(model.supports)})
+    resume = run if args.resume else None
+    model.fit_options = {"checkpoint": run, "resume": resume, "progress": "auto", "callbacks": watch}
+    if resume is not None:
+        _check_resumed(run, watch.asked)
+    elif args.force and leads():
+        (run / _CHECKPOINT).unlink(missing_ok=True)
+    with watch.listening():
+        with _same_rows(run):
+            model.fit(frame, sample_weight=weights, context=given)
+        if not leads():  # rank 0 writes
+            return
+        model.fit_options = None
+        model.save(run)
+        held, rows = _held_out(model, table[[*names, *context, *([weight] if weight else [])]])
+        watch.note(held_out=held)
+        (run / _HELD).unlink(missing_ok=True)
+        if held != "train":
+            tables.write(rows, run / _HELD)
     if model.result_.stop_reason == "interrupted":
-        print(f"interrupted: go on with the same command and --resume; the best weights so far are in {run}")
-    model.save(run)
-    held = "test" if "test" in model.rows_ and len(model.rows_["test"]) else "validation"
-    rows = table[[*names, *context, *([weight] if weight else [])]][model.rows_[held].tolist()]
-    tables.write(rows, run / "held_out.parquet", overwrite=True)
-    _note(run, held, weight)
-    print(model.result_.summary())
-    print("\n".join(model.notes_))
-    _judge(model, rows, context, weight, held, run, args.seed)
+        raise Interrupted(watch.number, _how_to_resume(args, model))
+    print(_summary(model), flush=True)
+    _judge(model, rows, weight, held, run, args)
 
 
 def sample(args: Namespace) -> None:
     """Draw rows from a run into a table."""
-    model = _load(args.run)
-    _refuse_existing(Path(args.out), args.force)
-    drawn = model.sample(args.n, context=_given(args.given, model), random_state=args.seed)
-    path = tables.write(drawn, args.out, overwrite=args.force)
-    print(f"{args.n} rows written to {path}")
+    model = _load(args.run, args.device)
+    out = _free_file(args.out, args.force)
+    given = _given(args.given or [], model)
+    each = 1 if given is None or isinstance(given, dict) else len(given)
+    count = args.n or (each if each > 1 else _ROWS)
+    drawn = model.sample(count, context=given, random_state=args.seed)
+    print(tables.describe(drawn, list(model.supports_)))
+    tables.write(drawn, out, overwrite=args.force)
+    print(f"{count} rows written to {out}")
 
 
 def score(args: Namespace) -> None:
     """Score each row of a table, in its order."""
     import polars as pl
 
-    model = _load(args.run)
-    _refuse_existing(Path(args.out), args.force)
+    model = _load(args.run, args.device)
+    out = _free_file(args.out, args.force)
+    model.missing = args.missing or model.missing
     table = tables.read(args.table)
-    names = model.context_names_
-    context = tables.pick(table, list(names), "score") if names else None
-    values = model.score_samples(tables.pick(table, model.schema_.names, "score"), context)
-    ids = tables.pick(table, [args.id], "score") if args.id else pl.DataFrame({"row": np.arange(len(table))})
-    path = tables.write(ids.with_columns(pl.Series("log_prob", values)), args.out, overwrite=args.force)
-    outside = int(np.isneginf(values).sum())
-    print(
-        f"{len(values)} rows scored into {path}: mean {np.nanmean(values):.4f} nats"
-        if not outside
-        else (f"{len(values)} rows scored into {path}: {outside} of them lie outside the supports and score -inf")
-    )
+    ids = tables.pick(table, [args.id], "--id") if args.id else pl.DataFrame({"row": np.arange(len(table))})
+    if args.id == "log_prob":
+        raise ValueError("--id: a column called 'log_prob' is what is written beside it; rename yours")
+    frame, context = _known(model, table, "score")
+    print(tables.describe(frame, list(model.supports_)), flush=True)
+    values = model.score_samples(frame, context)
+    tables.write(ids.with_columns(pl.Series("log_prob", values)), out, overwrite=args.force)
+    inside = values[np.isfinite(values)]
+    said = [f"{len(values)} rows scored into {out}"]
+    said += [f"mean {inside.mean():.4f} nats{_over(len(inside), len(values))}"] if len(inside) else []
+    for count, why in ((np.isneginf(values), "outside the supports: -inf"), (np.isnan(values), "missing a value: NaN")):
+        said += [f"{count.sum()} {why}"] if count.any() else []
+    print("; ".join(said))
 
 
 def check_run(args: Namespace) -> None:
     """Judge a run on a table, or on the rows it held out, and write its report."""
-    model, run = _load(args.run), Path(args.run)
+    model, run = _load(args.run, args.device), _folder(args.run)
+    out = _free_folder(run, args.out, args.force)
     note = _noted(run)
-    rows = tables.read(args.table or run / "held_out.parquet")
-    held = "given" if args.table else note.get("held_out", "test")
-    weight = note.get("weights")
-    _judge(model, rows, list(model.context_names_ or ()), weight, held, run, args.seed)
+    if args.table is None and not (run / _HELD).exists():
+        raise FileNotFoundError(f"check: {run} held no rows out; name a table that the fit did not see")
+    rows = tables.read(args.table or run / _HELD)
+    frame, context = _known(model, rows, "check")
+    print(tables.describe(frame, list(model.supports_)), flush=True)
+    rows = _complete(rows, frame, context, args.missing or model.missing)
+    weight = note.get("asked", {}).get("weights")
+    if weight is not None and weight not in rows.columns:
+        print(f"no column {weight!r} of weights here: every row counts the same")
+    _judge(model, rows, weight, "given" if args.table else note.get("held_out", "test"), out, args)
 
 
-def _judge(
-    model: FlowDensity,
-    rows: pl.DataFrame,
-    context: Sequence[str],
-    weight: str | None,
-    held: str,
-    run: Path,
-    seed: int,
-) -> Report:
-    cells = model.to_cells(tables.pick(rows, model.schema_.names, "check"))
-    given = tables.pick(rows, list(context), "check").to_numpy() if context else None
-    w = tables.pick(rows, [weight], "check").to_numpy()[:, 0] if weight in rows.columns else None
-    where = {"validation": "early-stopping"}.get(held, "held out")
-    found = check(model.flow_, cells, given, w, rows=where, seed=seed)
-    print(found)
-    drawn = model.sample(min(len(rows), _DRAWS), context=None if given is None else given[:_DRAWS], random_state=seed)
-    names = model.schema_.names
-    data, samples = (tables.pick(t, names, "check").to_numpy().astype(float) for t in (rows, drawn))
-    figures = {
-        "Rows (grey) and samples (red)": plot.pairs(data[:_DRAWS], samples, names),
-        "Score by epoch": plot.history({"fit": model.result_.history}),
-    }
-    for file, figure in zip(("pairs.png", "history.png"), figures.values(), strict=True):
-        figure.savefig(run / file, dpi=110, bbox_inches="tight")
-    columns = [
-        vars(c)
-        for c in tables.columns(tables.pick(rows, names, "check"), dict(zip(names, model.supports_, strict=True)))
-    ]
-    settings = {"rows": model.counts_, "units": "nats", **model.result_.training()}
-    path = report.write(run / "report.html", f"flowpath: {run.name}", found, figures, {"Columns": columns}, settings)
+class _Watch:
+    """Looks on while a fit runs: what was asked is noted once it trains, and a SIGTERM may not cost what it found.
+
+    Args:
+        run: the run folder.
+        asked: settings that a resumed fit must share.
+    """
+
+    def __init__(self, run: Path, asked: Mapping[str, Any]) -> None:
+        self.run, self.asked, self.number = run, dict(asked), int(signal.SIGINT)
+        self._state: State | None = None
+
+    def __call__(self, state: State) -> None:
+        if self._state is None:
+            self._state = state
+            self.note()
+
+    def note(self, **more: Any) -> None:
+        """Write run.json."""
+        text = json.dumps({"asked": self.asked, **more}, indent=2) + "\n"
+        (self.run / _NOTE).write_text(text, encoding="utf-8")
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """SIGTERM is noted where training has ended because of it, and ends the command anywhere else."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._terminated)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+
+    def _terminated(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        if self._state is None or self._state.stop_reason != "interrupted":
+            raise Interrupted(number)
+
+
+def _judge(model: FlowDensity, rows: pl.DataFrame, weight: str | None, held: str, out: Path, args: Namespace) -> None:
+    """Print the verdict on rows, and leave it with its figures in a folder."""
+    frame, context = _known(model, rows, "check")
+    weights = _weights(rows, weight) if weight in rows.columns else None
+    judged = report.judge(model, frame, context, weights, held=held, seed=args.seed)
+    print(judged.report)
+    run = _folder(args.run).resolve().name if "run" in args else out.resolve().name
+    path = judged.write(out, f"{run}: {Path(args.table or _HELD).name}")
     print(f"report: {path}")
-    return found
 
 
-def _names(words: str | None) -> list[str] | None:
-    return None if words is None else [w.strip() for w in words.split(",") if w.strip()]
+def _check_run(run: Path, args: Namespace) -> None:
+    """The run folder is free, or may be replaced or gone on with."""
+    if args.resume and args.force:
+        raise ValueError("--resume goes on with what is there, --force starts anew: choose one of them")
+    if run.exists() and not run.is_dir():
+        raise NotADirectoryError(f"--out {run} is a file; a run is a folder")
+    there = [name for name in _MADE if (run / name).exists()]
+    if args.resume and _CHECKPOINT not in there:
+        raise FileNotFoundError(f"--resume: there is no checkpoint in {run}; leave --resume out to begin anew")
+    if there and not (args.resume or args.force):
+        held = "a run" if _FLOW in there else "an unfinished run" if _CHECKPOINT in there else there[0]
+        resume = "--resume to go on with it, " if _CHECKPOINT in there else ""
+        raise FileExistsError(f"--out {run} holds {held} already: pass --force to replace it, {resume}or another --out")
+    _check_place(run)
 
 
-def _check_roles(names: Sequence[str], context: Sequence[str], weight: str | None) -> None:
+def _check_resumed(run: Path, asked: Mapping[str, Any]) -> None:
+    """What was asked is what the checkpoint's fit was asked, or an error that says what differs."""
+    then = _noted(run).get("asked", {})
+    for name, now in asked.items():
+        if name in then and then[name] != now:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"--resume: {flag} was {_shown(then[name])} and is now {_shown(now)}; give the command as it was, or "
+                "start anew with --force"
+            )
+
+
+@contextmanager
+def _same_rows(run: Path) -> Iterator[None]:
+    """A checkpoint of other rows, told without its checksums."""
+    try:
+        yield
+    except ValueError as error:
+        if "fingerprint" not in str(error):
+            raise
+        raise ValueError(
+            f"--resume: the checkpoint in {run} is of a fit to other rows; give it the same table, or start anew with "
+            "--force"
+        ) from None
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else str(value)
+
+
+def _roles(args: Namespace, table: pl.DataFrame) -> tuple[list[str], list[str], str | None]:
+    """The columns to fit, those of the context, and that of the weights; each has one role."""
+    wanted, context, weight = _names(args.columns), _names(args.context) or [], args.weights
+    names = [c for c in table.columns if c not in (*context, weight)] if wanted is None else wanted
     if not names:
         raise ValueError("fit: no column is left to fit; name some with --columns")
     roles = [*names, *context, *([weight] if weight else [])]
     twice = sorted({n for n in roles if roles.count(n) > 1})
     if twice:
         raise ValueError(f"fit: {', '.join(twice)} named more than once among --columns, --context and --weights")
+    return names, context, weight
 
 
-def _supports(path: str | None) -> Mapping[str, Any] | None:
-    from flowpath.supports import read_supports
+def _weights(table: pl.DataFrame, name: str) -> np.ndarray:
+    column = tables.pick(table, [name], "--weights").to_series()
+    if not column.dtype.is_numeric():
+        raise TypeError(f"--weights {name}: the column holds no numbers ({column.dtype})")
+    return np.array(column.to_numpy(), dtype=float)
 
-    return None if path is None else read_supports(path)
+
+def _names(words: str | None) -> list[str] | None:
+    return None if words is None else [w.strip() for w in words.split(",") if w.strip()]
 
 
-def _given(words: Sequence[str] | None, model: FlowDensity) -> dict[str, float] | None:
-    """`z=0.5` words as a mapping; every context column, and nothing else."""
-    found: dict[str, float] = {}
-    for word in words or ():
-        name, _, value = word.partition("=")
-        try:
-            found[name] = float(value)
-        except ValueError:
-            raise ValueError(f"--given expects name=number, got {word!r}") from None
+def _of_columns(supports: Mapping[str, Support], names: Sequence[str], there: Sequence[str]) -> dict[str, Support]:
+    """Supports of the columns to fit; a file may also describe the other columns of its table."""
+    return {name: s for name, s in supports.items() if name in names or name not in there}
+
+
+def _words(supports: Mapping[str, Support] | None) -> dict[str, str]:
+    return {name: repr(s) for name, s in (supports or {}).items()}
+
+
+def _tell_columns(frame: pl.DataFrame, supports: Mapping[str, Support] | None, context: list[str], weight: Any) -> None:
+    """The column table, the other roles, and without supports what they could be: nothing is applied unasked."""
+    print(tables.describe(frame, supports))
+    if context or weight:
+        print("; ".join([f"context: {', '.join(context)}"] * bool(context) + [f"weights: {weight}"] * bool(weight)))
+    proposed = {} if supports is not None else tables.infer_supports(frame, show=False)
+    if proposed:
+        print("every column is fitted as real; to fit what is proposed, pass --supports with a file of these lines:")
+        for name, support in proposed.items():
+            print(f'  {name if re.fullmatch("[A-Za-z0-9_-]+", name) else json.dumps(name)} = "{support!r}"')
+    print(flush=True)
+
+
+def _held_out(model: FlowDensity, table: pl.DataFrame) -> tuple[str, pl.DataFrame]:
+    """The rows to judge on: the test rows, else those that chose the weights, else those trained on."""
+    held = next((name for name in ("test", "validation") if len(model.rows_[name])), "train")
+    return held, table[model.rows_[held].tolist()]
+
+
+def _summary(model: FlowDensity) -> str:
+    """How the fit went; rows are counted as the table has them, not as they were dequantised."""
+    names = ("train", "validation", "test")
+    result = replace(model.result_, rows={n: model.counts_[n] for n in names if n in model.counts_})
+    lines = [result.summary(), *(f"  {note}" for note in model.notes_)]
+    return "\n".join(lines).replace("see test=", "see --test") + "\n"
+
+
+def _how_to_resume(args: Namespace, model: FlowDensity) -> str:
+    words = [w for w in args.words if w not in ("--force", "--resume")]
+    count = plural("epoch", model.result_.epochs, count=True)
+    return (
+        f"interrupted after {count}; the best weights and a checkpoint are in {args.out}; go on "
+        f"with: {shlex.join(['flowpath', *words, '--resume'])}"
+    )
+
+
+def _over(count: int, whole: int) -> str:
+    return "" if count == whole else f" over {count} of them"
+
+
+def _known(model: FlowDensity, table: pl.DataFrame, who: str) -> tuple[pl.DataFrame, pl.DataFrame | None]:
+    """A table's columns as the fit knew them, and its context."""
+    context = model.context_names_
+    return tables.pick(table, model.schema_.names, who), tables.pick(table, context, who) if context else None
+
+
+def _complete(rows: pl.DataFrame, frame: pl.DataFrame, context: pl.DataFrame | None, missing: str) -> pl.DataFrame:
+    """Rows that miss no value, counted; an error where none may."""
+    values = [t.to_numpy().astype(float) for t in (frame, context) if t is not None]
+    absent = np.isnan(np.concatenate(values, 1)).any(1)
+    if not absent.any():
+        return rows
+    if missing == "error":
+        raise ValueError(
+            f"check: missing values (NaN) in {absent.sum()} rows, first in row {absent.argmax()}; pass --missing drop"
+        )
+    print(f"{absent.sum()} rows with missing values dropped")
+    return rows.filter(~absent)
+
+
+def _given(words: Sequence[str], model: FlowDensity) -> dict[str, float] | pl.DataFrame | None:
+    """The context of draws: `z=0.5` words as a mapping of every context column, or a table with a row a draw."""
     context = list(model.context_names_ or ())
-    for name in found:
+    if len(words) == 1 and "=" not in words[0] and words[0].lower().endswith(tables.ENDINGS) and context:
+        return tables.read(words[0], context)
+    found: dict[str, float] = {}
+    for word in words:
+        name, _, number = word.rpartition("=")
+        value = _number(number)
+        if not name or value is None:
+            raise ValueError(f"--given expects name=number, or a table's file, got {word!r}")
         if name in model.schema_.names:
             raise ValueError(f"--given: {name} is a column of this density, not a context; fit with --context {name}")
         if name not in context:
             raise ValueError(f"--given: this run has no context {name!r}; it has {', '.join(context) or 'none'}")
+        if name in found:
+            raise ValueError(f"--given: {name} is given more than once")
+        found[name] = value
     absent = [name for name in context if name not in found]
     if absent:
         raise ValueError(f"sample: this run needs --given {' '.join(f'{n}=...' for n in absent)}")
     return found or None
 
 
-def _load(run: str) -> FlowDensity:
-    folder = Path(run)
-    if not (folder / "flow.safetensors").exists():
-        raise FileNotFoundError(f"{run} is no run folder: it holds no flow.safetensors; make one with flowpath fit")
-    return FlowDensity.load(folder)
+def _number(word: str) -> float | None:
+    try:
+        value = float(word)
+    except ValueError:
+        return None
+    return value if np.isfinite(value) else None
 
 
-def _note(run: Path, held: str, weight: str | None) -> None:
-    (run / "run.json").write_text(json.dumps({"held_out": held, "weights": weight}) + os.linesep, encoding="utf-8")
+def _device(word: str) -> str:
+    """A device that torch can use; "auto" is a GPU where there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if word == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(word)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).partition("\n")[0].partition(". ")[0]
+        why = "known are cpu, cuda, cuda:1, ... and auto" if why.startswith("Expected one of") else why
+        raise ValueError(f"--device {word}: torch cannot use it here ({why})") from None
+    if device.type == "meta":
+        raise ValueError("--device meta: holds no numbers; use cpu, cuda or auto")
+    return word
+
+
+def _folder(run: str) -> Path:
+    path = Path(run)
+    return path.parent if path.name == _FLOW else path
+
+
+def _load(run: str, device: str) -> FlowDensity:
+    """The estimator of a run, its flow on the device."""
+    folder, device = _folder(run), _device(device)
+    if not (folder / _FLOW).is_file():
+        there = folder.parent.iterdir() if folder.parent.is_dir() else ()
+        like = get_close_matches(folder.name, [p.name for p in there if (p / _FLOW).is_file()], 1)
+        hint = f"did you mean {like[0]!r}?" if like else "make one with flowpath fit"
+        if (folder / _CHECKPOINT).is_file():
+            hint = "it holds the checkpoint of an unfinished fit: go on with flowpath fit ... --resume"
+        raise FileNotFoundError(f"{folder} is no run: there is no {_FLOW} in it; {hint}")
+    try:
+        model = FlowDensity.load(folder)
+    except KeyError as error:
+        raise ValueError(f"{folder / _FLOW} is damaged: its description has no {error}") from None
+    model.flow_.to(device)
+    return model
 
 
 def _noted(run: Path) -> dict[str, Any]:
-    path = run / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """What run.json holds; it can do without."""
+    try:
+        held = json.loads((run / _NOTE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return held if isinstance(held, dict) else {}
 
 
-def _refuse_existing(path: Path, force: bool) -> None:
+def _free_file(out: str, force: bool) -> Path:
+    """Where a table can be written, found out before the work."""
+    path = Path(out)
+    if not path.name.lower().endswith(tables.ENDINGS):
+        raise ValueError(f"--out {path}: a table's file ends in {', '.join(tables.ENDINGS)}")
+    if path.is_dir():
+        raise IsADirectoryError(f"--out {path} is a folder, not a file")
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists and stays as it is; pass --force to replace it, or another --out")
+    _check_place(path)
+    return path
+
+
+def _free_folder(run: Path, out: str | None, force: bool) -> Path:
+    """Where a report can be written: the folder named, or the first free one of check, check-2, ... in the run."""
+    path = run / "check" if out is None else Path(out)
+    if out is None and not force:
+        tried = 1
+        while path.exists():
+            tried += 1
+            path = run / f"check-{tried}"
+    there = [name for name in report.FILES if (path / name).exists()]
+    if there and not force:
+        raise FileExistsError(f"{path / there[0]} exists and stays as it is; pass --force, or another --out")
+    _check_place(path)
+    return path
+
+
+def _check_place(path: Path) -> None:
+    """What is missing of a path can be made: found out before the work.
+
+    Raises:
+        OSError: a part of it is a file, or may not be written into.
+    """
+    there = next((p for p in path.absolute().parents if p.exists()), Path("/"))
+    if not there.is_dir():
+        raise NotADirectoryError(f"--out {path}: {there.name} is a file, not a folder")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"--out {path}: {there} cannot be written")

@@ -45,7 +45,7 @@ class FlowDensity(DensityMixin, BaseEstimator):
         architecture: the name of one, or a function (features, context, **options) -> Flow.
         transforms, hidden_features, dropout, whiten: of the architecture; None leaves them to it, or to the preset.
         options: a dict with any other options of the architecture.
-        regularise: the preset for small tables (full whitening, dropout, a small net): "auto" below 2,000 rows, True,
+        regularise: the preset for small tables (dropout, a small net): "auto" below 2,000 rows, True,
             False.
         cell_points: K, a power of two.
         at_bound: what to do with values exactly on an open bound: "error", or "nudge" them halfway to the nearest value
@@ -53,8 +53,8 @@ class FlowDensity(DensityMixin, BaseEstimator):
         missing: what to do with rows that miss a value: "error", or "drop" them, counted; their scores are NaN.
         validation, test: shares of the rows held out, to stop early on and to score once at the end.
         batch_size, epochs, steps, learning_rate, patience, time_limit, device, compile: as `fp.fit`.
-        dtype: "float64" or "float32", in which the fitted flow scores and samples (training is in float32): a row's score
-            does not depend on its neighbours beyond rounding, which "float32" makes coarser and two to three times faster.
+        dtype: in which the fitted flow scores and samples; "float32", in which it is trained, is two to three times
+            faster, and a row's score then moves in the seventh digit with the rows it is scored beside.
         fit_options: a dict with any other settings of `fp.fit`, such as checkpoint, resume, progress, callbacks.
         random_state: an int, a NumPy RandomState or None: seeds split, weights, training and sampling.
 
@@ -271,7 +271,8 @@ class FlowDensity(DensityMixin, BaseEstimator):
         )
 
     def _check_settings(self) -> None:
-        for name, known in (("at_bound", ("error", "nudge")), ("missing", ("error", "drop")), ("dtype", ("float64", "float32"))):
+        choices = {"at_bound": ("error", "nudge"), "missing": ("error", "drop"), "dtype": ("float64", "float32")}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"FlowDensity expects {name} to be one of {known}, got {getattr(self, name)!r}")
         if self.regularise not in ("auto", True, False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,11 +54,24 @@ def devices(flow: Flow | str, device: str | torch.device) -> tuple[torch.device,
         raise ValueError(f"fit: the flow is on more than one device ({', '.join(held)}); move it with .to(device)")
     home = torch.device(held[0] if held else "cpu")
     if device == "auto":
-        return home, torch.device("cuda") if home.type == "cpu" and torch.cuda.is_available() else home
+        return home, _own_gpu() if home.type == "cpu" and torch.cuda.is_available() else home
     away = torch.device(device)
     if away.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"fit: device={str(device)!r}, but torch {torch.__version__} sees no CUDA device here")
-    return home, away
+    return home, _own_gpu() if away == torch.device("cuda") else away
+
+
+def _own_gpu() -> torch.device:
+    """The GPU; under torchrun, which sets LOCAL_RANK, one for each process."""
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None or int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        return torch.device("cuda")
+    if int(rank) >= torch.cuda.device_count():
+        raise ValueError(
+            f"fit: process {rank} of this machine finds {torch.cuda.device_count()} GPUs; start one process a GPU "
+            '(torchrun --nproc-per-node=gpu), or fit with device="cpu"'
+        )
+    return torch.device("cuda", int(rank))
 
 
 def versions() -> dict[str, str]:
@@ -65,3 +79,8 @@ def versions() -> dict[str, str]:
     from flowpath import __version__
 
     return {"flowpath": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def leads() -> bool:
+    """Whether this process prints and writes: under torchrun rank 0 alone, otherwise always."""
+    return int(os.environ.get("WORLD_SIZE") or 1) == 1 or os.environ.get("RANK", "0") == "0"

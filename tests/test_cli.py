@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 import types
@@ -40,7 +41,14 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "demo" in text and "doctor" in text
 
 
-@pytest.mark.parametrize("command", ["demo", "doctor"])
+def test_the_grammar_needs_the_standard_library_alone() -> None:
+    tree = ast.parse((ROOT / "flowpath" / "cli.py").read_text())
+    found = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+    names = {(n.module or "" if isinstance(n, ast.ImportFrom) else n.names[0].name).partition(".")[0] for n in found}
+    assert names <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("command", ["fit", "sample", "score", "check", "demo", "doctor"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main([command, "--help"])

@@ -553,7 +553,7 @@ REFUSED: dict[str, tuple[Callable[[], object], type, str]] = {
         "a context of shape (4,) it does not take",
     ),
     "base-shape": (
-        lambda: fp.from_nflows(NflowsFlow(nt.LULinear(2), no_shape())),
+        lambda: fp.from_nflows(NflowsFlow(nt.Tanh(), no_shape())),
         ValueError,
         "cannot tell the event shape of the base Distribution",
     ),

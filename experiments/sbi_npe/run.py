@@ -65,6 +65,27 @@ SMOKE = {
 }
 
 
+class Silent:
+    """A tracker for sbi, which without one writes TensorBoard files into the working directory."""
+
+    log_dir: str | None = None
+
+    def log_metric(self, name: str, value: float, step: int | None = None) -> None:
+        pass
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        pass
+
+    def log_params(self, params: dict[str, Any]) -> None:
+        pass
+
+    def add_figure(self, name: str, figure: Any, step: int | None = None) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+
 def simulate(theta: Tensor, generator: torch.Generator) -> Tensor:
     """x `(N, 2)`: a point of a half circle's thin band, moved by |theta_1 + theta_2| and theta_2 - theta_1."""
     a = torch.pi * (torch.rand(len(theta), generator=generator) - 0.5)
@@ -133,7 +154,7 @@ def run(c: Config, seed: int) -> Iterator[dict[str, Any]]:
     for method in c.methods:
         torch.manual_seed(seed)
         prior = BoxUniform(-torch.ones(2), torch.ones(2))
-        npe = NPE(prior, density_estimator=estimator(method, c), show_progress_bars=False)
+        npe = NPE(prior, density_estimator=estimator(method, c), show_progress_bars=False, tracker=Silent())
         trained = npe.append_simulations(theta, x).train(training_batch_size=c.batch_size, max_num_epochs=c.epochs)
         posterior = npe.build_posterior(trained)
         with torch.no_grad():

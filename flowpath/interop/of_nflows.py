@@ -103,7 +103,8 @@ def _like(ours: Any, theirs: Any) -> Any:
 
 
 def _flow(theirs: Any, event: tuple[int, ...] | None, given: tuple[int, ...] | None, native: bool) -> Flow:
-    noise = _noise_shape(theirs._distribution)
+    reshapes = _reshapes(theirs._transform)
+    noise = _noise_shape(theirs._distribution, None if reshapes else event or _event_of(theirs._transform))
     net = getattr(theirs, "_embedding_net", None)
     inner = _context_of(theirs._transform) or _context_of(theirs._distribution)
     embedding = None
@@ -113,7 +114,7 @@ def _flow(theirs: Any, event: tuple[int, ...] | None, given: tuple[int, ...] | N
         shape, inner = _embedded(net, given, inner)
         embedding = NflowsEmbedding(copy.deepcopy(net) if native else net, shape)
     if event is None:
-        event = _probe(theirs._transform, noise, inner, inverse=True) if _reshapes(theirs._transform) else noise
+        event = _probe(theirs._transform, noise, inner, inverse=True) if reshapes else noise
     base = _base(copy.deepcopy(theirs._distribution) if native else theirs._distribution, noise, inner)
     transform = _transform(theirs._transform, event, inner, native)
     flow = Flow(transform, _like(base, theirs), embedding)
@@ -163,10 +164,11 @@ def _base(d: Any, shape: tuple[int, ...], context: int) -> Base:
     return NflowsBase(d, shape, context if _context_of(d) else 0)
 
 
-def _noise_shape(d: Any) -> tuple[int, ...]:
+def _noise_shape(d: Any, event: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Event shape of a base: its own word, or the transform's."""
     if isinstance(d, Distribution):
         return tuple(d.event_shape)
-    shape = getattr(d, "_shape", None)
+    shape = getattr(d, "_shape", event)
     if shape is None:
         width = next((w for m in d.modules() if (w := _made_width(m))), None)
         shape = None if width is None else (width,)

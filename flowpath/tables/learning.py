@@ -20,7 +20,7 @@ from flowpath.training.results import FitResult
 from flowpath.training.rowchecks import check_trainable
 from flowpath.training.rows import Rows
 
-_COPIES, _COPIED = 8, 100_000  # rows with lattices are dequantised so many times, up to so many rows in all
+_COPIES, _COPIED = 4, 100_000  # rows with lattices are dequantised so many times, up to so many rows in all
 _EPOCHS, _LEAST_STEPS, _BATCH = 100, 2000, 256  # as `fit` has them
 
 
@@ -67,7 +67,7 @@ def learn(
     small = len(taken.x) < SMALL if plan.regularise == "auto" else bool(plan.regularise)
     width = 0 if taken.context is None else taken.context.shape[1]
     with random(plan.seed, False, torch.device("cpu")):
-        flow, notes = build(plan.architecture, layout, width, plan.options, small, train[0])
+        flow, notes = build(plan.architecture, layout, width, plan.options, small)
     held = {"validation": parts.get("validation"), "test": parts.get("test")}
     settings = {"progress": False, **_budget(plan.settings, len(train[0]), copies), **held}
     result = fit(flow, train[0], context=train[1], weights=train[2], seed=plan.seed, **settings)

@@ -41,10 +41,11 @@ class RowBatches:
         rows: what `Front.prepare` gave. Weights are scaled to a mean positive part of one.
         batch_size: rows of a batch; all rows where there are fewer.
         order_seed: of the shuffles.
+        part: what of each batch this process takes, of several that fit together; `size` counts whole batches.
     """
 
-    def __init__(self, rows: Prepared, batch_size: int, order_seed: int) -> None:
-        self.size, self._seed = min(batch_size, len(rows.x)), order_seed
+    def __init__(self, rows: Prepared, batch_size: int, order_seed: int, part: slice = slice(None)) -> None:
+        self.size, self._seed, self._part = min(batch_size, len(rows.x)), order_seed, part
         weights = None if rows.weights is None else rows.weights / rows.weights.clamp_min(0).mean()
         self._tensors = (rows.x, rows.context, weights)
         counted = rows.ladj if weights is None else weights.double() * rows.ladj
@@ -52,11 +53,20 @@ class RowBatches:
         self.steps: int | None = len(rows.x) // self.size
 
     def epoch(self, epoch: int, start: int) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed((self._seed + epoch) % 2**63)
-        order = torch.randperm(len(self._tensors[0]), generator=generator).to(self._tensors[0].device)
+        order = self._order(epoch)
         for i in range(start, self.steps or 0):
-            index = order[i * self.size : (i + 1) * self.size]
-            yield tuple(None if t is None else t[index] for t in self._tensors)
+            yield self._take(order[i * self.size : (i + 1) * self.size][self._part])
+
+    def first(self) -> Batch:
+        """The first batch of the first epoch, whole."""
+        return self._take(self._order(0)[: self.size])
+
+    def _order(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed((self._seed + epoch) % 2**63)
+        return torch.randperm(len(self._tensors[0]), generator=generator).to(self._tensors[0].device)
+
+    def _take(self, index: Tensor) -> Batch:
+        return tuple(None if t is None else t[index] for t in self._tensors)
 
 
 class StreamBatches:

@@ -236,7 +236,10 @@ class Signals:
     ) -> None:
         self._put_back()
 
-    def pass_on(self) -> None:
-        """Hand a SIGTERM to the handler that was there: the process was asked to end, and the work is safe now."""
-        if self.received == signal.SIGTERM:
+    def pass_on(self, heard: int | None = None) -> None:
+        """Hand a SIGTERM to the handler that was there: the process was asked to end, and the work is safe now.
+
+        `heard` is one that another process of the fit received.
+        """
+        if signal.SIGTERM in (self.received, heard):
             signal.raise_signal(signal.SIGTERM)

@@ -27,6 +27,7 @@ from flowpath.training.progress import Bar, Callbacks, Scalars
 from flowpath.training.results import FitResult
 from flowpath.training.schedules import Schedule, ScheduleName
 from flowpath.training.scoring import Score, held_out
+from flowpath.training.team import Team, together
 
 _EPOCHS, _LEAST_STEPS = 100, 2000  # the default budget: so many epochs, more where they make few steps
 _PATIENT_STEPS = 400  # patience lasts at least so many steps
@@ -66,6 +67,10 @@ def fit(
     ends the fit and returns what there is. The same seed gives the same result on the same machine; torch's random
     state is then left as it was found.
 
+    Under torchrun the processes fit together (torch DDP: NCCL on GPUs, gloo on CPUs). Each is called with the same rows
+    and settings, reads and whitens all rows, and takes its part of every batch of `batch_size`; rank 0 alone writes,
+    shows progress and calls the callbacks; all return the same weights and scores.
+
     Args:
         flow: a Flow, trained in place and returned in eval mode on its device, its frozen parameters left as they are;
             or the name of an architecture, built with `options`.
@@ -103,7 +108,8 @@ def fit(
 
     Raises:
         TypeError, ValueError: rows that are no numbers, empty, not finite, constant, duplicate or too few, each named;
-            rows that do not fit the flow; settings out of range; a flow with nothing to train.
+            rows that do not fit the flow; settings out of range; a flow with nothing to train; under torchrun, a stream
+            or rows that differ between processes.
         FileNotFoundError, FileExistsError: `resume` of nothing; `checkpoint` over an unfinished fit.
 
     Example:
@@ -115,7 +121,7 @@ def fit(
     """
     resumed = None if resume is None else Resumed.read(resume)
     home, away = devices(flow, device)
-    with random(seed, resumed is not None, away):
+    with together(away) as team, random(_seed(seed, team), resumed is not None, away):
         flow, x = build(flow, x, context, options)
         order_seed = int(torch.randint(2**62, ())) if resumed is None else int(resumed.identity["order_seed"])
         with lent(flow, home, away):
@@ -125,29 +131,41 @@ def fit(
             kept = nn.ModuleList([objective, *front.parts()])
             if resumed is not None:
                 resumed.weights_into(kept)
-            data = take_in(front, Request(x, context, weights, validation, test, batch_size, steps, order_seed))
+            team.same_weights(kept)
+            data = take_in(front, Request(x, context, weights, validation, test, batch_size, steps, order_seed, team))
             limits = _limits(data, epochs, steps, patience, clip, time_limit)
             _warn_if_slow(flow)
             loop = Loop(
-                Runner(objective, compile, away),
+                Runner(team.share_out(objective, data.batches), team.compiles(compile), away),
                 data.batches,
-                None if data.validation is None else partial(held_out, front, data.validation),
+                None if data.validation is None else partial(held_out, front, data.validation, team),
                 kept,
                 opt,
                 Schedule(schedule, opt, limits.patience),
                 limits,
-                _watchers(callbacks, log_dir, progress, limits, data),
+                team.lead(lambda: _watchers(callbacks, log_dir, progress, limits, data)) or [],
                 partial(explain, front, data.names),
-                None if checkpoint is None else Checkpoint(checkpoint, data.identity, resume),
+                None if checkpoint is None else team.lead(lambda: Checkpoint(checkpoint, data.identity, resume)),
                 State(flow=flow, notes=list(data.notes)),
+                team,
             )
             if resumed is not None:
                 resumed.check(data.identity)
                 resumed.into(loop)
+            team.agree(data.identity | vars(limits) | {"step": loop.state.step})
+            team.part_ways(order_seed + loop.state.step)
             loop.run()
             warn_of(loop.state)
-            tested = None if data.test is None else held_out(front, data.test)
+            there = None if loop.state.stop_reason == "interrupted" else team  # a signal may have ended the others
+            tested = None if data.test is None else held_out(front, data.test, there)
     return _result(loop, data, tested, seed, away)
+
+
+def _seed(seed: int | None, team: Team) -> int | None:
+    """Rank 0's seed; without one the processes of a team share a number from its global generator."""
+    if seed is None and team.size > 1:
+        seed = int(torch.randint(2**62, ()))
+    return team.share(seed)
 
 
 def _result(loop: Loop, data: Data, tested: Score | None, seed: int | None, device: torch.device) -> FitResult:

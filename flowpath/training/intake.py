@@ -17,6 +17,7 @@ from flowpath.training.batches import Batches, RowBatches, StreamBatches
 from flowpath.training.front import Front, Prepared
 from flowpath.training.rowchecks import check_fits, check_trainable
 from flowpath.training.rows import Rows, is_stream, parts, read
+from flowpath.training.team import Team
 
 _SMALLEST, _LARGEST, _BATCHES = 32, 256, 40  # a batch by default: about rows / 40, within these
 _STREAM_EPOCHS, _STREAM_STEPS = 50, 500  # an iterator is scored so many times, or every so many steps
@@ -50,7 +51,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Request:
-    """What `fit` was asked to work on: its arguments of the same names, and the seed of split and shuffles."""
+    """What `fit` was asked to work on: its arguments of the same names, the seed of split and shuffles, and by whom."""
 
     x: Any
     context: Any
@@ -60,6 +61,7 @@ class Request:
     batch_size: int | None
     steps: int | None
     order_seed: int
+    team: Team
 
 
 def build(flow: Flow | str, x: Any, context: Any, options: dict[str, Any]) -> tuple[Flow, Any]:
@@ -106,7 +108,10 @@ def _from_rows(front: Front, asked: Request) -> Data:
         check_count("fit", "batch_size", asked.batch_size)
     size = asked.batch_size or min(_LARGEST, max(_SMALLEST, 2 ** round(len(train) / _BATCHES).bit_length() // 2))
     counts = {n: len(r) for n, r in (("train", train), ("validation", validation), ("test", test)) if r is not None}
-    batches = RowBatches(front.prepare(train), size, asked.order_seed)
+    size = min(size, len(train))
+    if size < asked.team.size:
+        raise ValueError(f"fit: batches of {size} rows cannot be split over {asked.team.size} processes; start fewer")
+    batches = RowBatches(front.prepare(train), size, asked.order_seed, asked.team.part(size))
     identity = {"rows": len(rows), "fingerprint": _fingerprint(rows), "batch_size": batches.size}
     identity["order_seed"] = asked.order_seed
     identity |= {"validation rows": counts.get("validation", 0), "test rows": counts.get("test", 0)}
@@ -115,6 +120,11 @@ def _from_rows(front: Front, asked: Request) -> Data:
 
 
 def _from_stream(front: Front, asked: Request) -> Data:
+    if asked.team.size > 1:
+        raise ValueError(
+            f"fit: a stream cannot be split over {asked.team.size} processes; pass rows or a Dataset, or fit in one "
+            "process, without torchrun"
+        )
     if asked.context is not None or asked.weights is not None:
         raise ValueError("fit: a stream brings its own context and weights: its items are (x, context, weights)")
     if _fraction(asked.test, "test") is not None:

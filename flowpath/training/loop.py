@@ -18,6 +18,7 @@ from flowpath.training.checkpoint import Checkpoint, Signals
 from flowpath.training.compiling import Runner
 from flowpath.training.schedules import Schedule
 from flowpath.training.scoring import Score
+from flowpath.training.team import Team
 
 _IN_A_ROW, _SHARE, _SHARE_FROM = 20, 0.1, 100  # non-finite batches that end a fit: in a row; of all steps, from so many
 _EXPLAINED = 3
@@ -105,6 +106,7 @@ class Loop:
         watchers: who looks on.
         explain: a non-finite batch in words.
         checkpoint: where to write, or None.
+        team: the processes that fit together.
     """
 
     def __init__(
@@ -120,11 +122,13 @@ class Loop:
         explain: Callable[[Batch], str] = lambda batch: "",
         checkpoint: Checkpoint | None = None,
         state: State | None = None,
+        team: Team | None = None,
     ) -> None:
         self.runner, self.batches, self.evaluate, self.kept = runner, batches, evaluate, kept
         self.optimizer, self.schedule, self.limits = optimizer, schedule, limits
         self.watchers, self.explain, self.checkpoint = watchers, explain, checkpoint
-        self.state = state or State()
+        self.state, self.team = state or State(), team or Team()
+        self.heard: int | None = None  # the signal that ends the fit, in whichever process it came
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.best: dict[str, Tensor] = {}
 
@@ -140,12 +144,14 @@ class Loop:
                 if state.counted:
                     self._close_epoch()
         except KeyboardInterrupt:
+            if self.team.size > 1:
+                raise  # the others cannot follow
             state.stop_reason = "interrupted"
         finally:
             self.restore_best()
             for watcher in self.watchers:
                 watcher.close()
-        self.signals.pass_on()
+        self.signals.pass_on(self.heard)
         return state
 
     def _epoch(self) -> None:
@@ -170,25 +176,26 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.runner(*batch)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.limits.clip or math.inf)
-        value, state.grad_norm = torch.stack([loss.detach().double(), norm.double()]).tolist()
+        clock = time.perf_counter() - self._started
+        value, state.grad_norm, state.seconds, self.heard = self.team.measure(loss, norm, clock, self.signals.received)
         state.step, state.batch = state.step + 1, state.batch + 1
         if math.isfinite(value) and math.isfinite(state.grad_norm):
             self.optimizer.step()
             state.in_a_row, state.counted = 0, state.counted + 1
             state.loss_sum, state.norm_sum = state.loss_sum + value, state.norm_sum + state.grad_norm
         else:
-            self._skip(batch, value)
-        state.seconds = time.perf_counter() - self._started
+            self._skip(batch, value, loss)
         self.runner.observe(state.step, state.seconds, self.progress())
         for watcher in self.watchers:
             watcher.step(state)
 
-    def _skip(self, batch: Batch, loss: float) -> None:
+    def _skip(self, batch: Batch, value: float, loss: Tensor) -> None:
         state = self.state
         state.skipped, state.in_a_row = state.skipped + 1, state.in_a_row + 1
         if state.skipped <= _EXPLAINED:
-            found = f"loss {loss:g}, gradient norm {state.grad_norm:g}"
-            state.notes.append(f"step {state.step}: {found}; {self.explain(batch)}")
+            found = f"loss {value:g}, gradient norm {state.grad_norm:g}"
+            told = self.team.gather((bool(torch.isfinite(loss)), self.explain(batch)))
+            state.notes.append(f"step {state.step}: {found}; {min(told, key=lambda t: t[0])[1]}")
 
     def progress(self) -> float:
         """The share of the budget that is spent, in [0, 1]: of steps or epochs, or of time if that is more."""
@@ -206,7 +213,7 @@ class Loop:
     def _why_stop(self) -> str | None:
         """A reason that ends the fit within an epoch."""
         limits, state = self.limits, self.state
-        if self.signals.received is not None:
+        if self.heard is not None:
             return "interrupted"
         if state.in_a_row >= _IN_A_ROW or (state.step >= _SHARE_FROM and state.skipped > _SHARE * state.step):
             return "too many non-finite batches"
@@ -237,8 +244,12 @@ class Loop:
         row |= {"learning_rate": state.learning_rate, "grad_norm": norm, "skipped": state.skipped}
         state.history.append(row | {"seconds": state.seconds})
         state.loss_sum = state.norm_sum = state.counted = 0
+        self.team.lead(self._tell)
+        state.stop = self.team.share(state.stop)
+
+    def _tell(self) -> None:
         for watcher in self.watchers:
-            watcher.epoch(state)
+            watcher.epoch(self.state)
 
     def _judge(self) -> None:
         state = self.state

@@ -14,6 +14,7 @@ from flowpath.flow import Flow
 from flowpath.training.front import Front, Prepared
 from flowpath.training.rowchecks import check_fits
 from flowpath.training.rows import is_stream, parts, read
+from flowpath.training.team import Team
 
 Score = tuple[float, float]  # a mean log density in nats, and its standard error
 _SCORED = 4096  # rows scored at a time
@@ -51,14 +52,21 @@ def log_prob(flow: Flow, x: Any, context: Any = None, *, batch_size: int = _SCOR
     return torch.cat([scores(front, front.prepare(rows.take(i)), batch_size).cpu() for i in chunks])
 
 
-def held_out(front: Front, rows: Prepared) -> Score:
-    """Weighted mean log density and its standard error."""
-    values = scores(front, rows, _SCORED)
+def held_out(front: Front, rows: Prepared, team: Team | None = None) -> Score:
+    """Weighted mean log density and its standard error; each process of a team scores a part of the rows."""
+    values = scores(front, rows, _SCORED) if team is None else _in_parts(front, rows, team)
     w = torch.ones_like(values) if rows.weights is None else rows.weights.double()
     values = torch.where(w == 0, torch.zeros_like(values), values)
     mean = (w * values).sum() / w.sum()
     error = (w * (values - mean)).square().sum().sqrt() / w.sum().abs()
     return float(mean), float(error)
+
+
+def _in_parts(front: Front, rows: Prepared, team: Team) -> Tensor:
+    team.level(b for b in front.flow.buffers() if b.is_floating_point())  # a batch norm's moments
+    part, values = team.part(len(rows.x)), torch.zeros_like(rows.ladj)
+    values[part] = scores(front, Prepared(*(None if t is None else t[part] for t in rows)), _SCORED)  # type: ignore[arg-type]
+    return team.total(values)
 
 
 @torch.no_grad()
