@@ -1,7 +1,7 @@
 """Claim: of the tables that ship with scikit-learn, the dequantised digits are one on which a flow can be judged.
 
 Five splits of each: the mean held-out log density in nats a row of a full Gaussian, a mixture and a flow, with the
-standard deviation over the splits, and how far the flow is ahead of the mixture in each, with its paired standard error.
+standard deviation over the splits, and how far the flow is ahead of the mixture in each, with paired errors.
 
     python experiments/demo_table/run.py [--smoke]
 """
