@@ -333,3 +333,12 @@ def test_refusals(name: str) -> None:
     call, kind, message = REFUSED[name]
     with pytest.raises(kind, match=re.escape(message)):
         call()
+
+
+def test_data_outside_a_support_of_columns_have_density_zero() -> None:
+    parts = [biject_to(constraints.interval(0.0, 1.0)), biject_to(constraints.positive)]
+    columns = torch.distributions.transforms.CatTransform(parts, dim=-1, lengths=[1, 1])
+    flow = fp.Flow(fp.Chain([fp.from_torch(columns), fp.LU(2)]), fp.StandardNormal(2))
+    rows = torch.tensor([[0.5, 1.0], [1.5, 1.0], [0.5, -1.0]])
+    assert flow.log_prob(rows).isfinite().tolist() == [True, False, False]
+    assert flow.log_prob(rows)[1:].tolist() == [-torch.inf, -torch.inf]

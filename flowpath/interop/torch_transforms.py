@@ -198,6 +198,8 @@ def _image(t: tt.Transform) -> Any:
     """Where the values of t lie. A composition that ends in an affine map says "real" of itself, whatever it maps."""
     if isinstance(t, tt.IndependentTransform):
         return constraints.independent(_image(t.base_transform), t.reinterpreted_batch_ndims)
+    if isinstance(t, tt.CatTransform):
+        return constraints.cat([_image(part) for part in t.transforms], t.dim, t.lengths)
     if not isinstance(t, tt.ComposeTransform):
         return t.codomain
     image: Any = constraints.real

@@ -105,7 +105,7 @@ def _budget(settings: Mapping[str, Any], count: int, copies: int) -> dict[str, A
 
 def _rescored(result: FitResult, taken: Taken, rows: Mapping[str, Tensor], layout: Layout, points: Tensor) -> FitResult:
     """The result with held-out scores that are those of cells, not of dequantised rows."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"rows": {name: len(i) for name, i in rows.items() if len(i)}}
     for name in ("validation", "test"):
         i = rows[name]
         if len(i):
