@@ -139,7 +139,7 @@ def _draw_flow(q: FlowDistribution, count: int, noise: Noise) -> Draw:
         total = r.log_base + r.ladj
 
     def path() -> tuple[Tensor, Tensor]:
-        return q.flow.transform.pull_score(r.record, r.base_score), total.detach()
+        return q.flow.transform.pull_score(r.record, r.at_held_noise()[1]), total.detach()
 
     return _with_views(r.x, lambda: total, path, lambda: q.log_prob(r.x.detach()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -28,19 +29,25 @@ class Layer(NamedTuple):
     ladj: Tensor
 
 
-class Recorded(NamedTuple):
-    """A pass of a flow with what path gradients need.
-
-    z and x; log q0(z), with z in its graph and with z held; the forward ladj; the transform's record; d log q0 / dz.
-    """
+@dataclass(frozen=True)
+class Recorded:
+    """A pass of a flow with what path gradients need: z, x, log q0(z), the forward ladj and the transform's record."""
 
     z: Tensor
     x: Tensor
     log_base: Tensor
-    log_base_held: Tensor
     ladj: Tensor
     record: Record
-    base_score: Tensor
+    base: Base
+    context: Tensor | None
+
+    def at_held_noise(self) -> tuple[Tensor, Tensor]:
+        """log q0 with z held, and its score d log q0 / dz there, a constant."""
+        with torch.enable_grad():
+            held = self.z.detach().requires_grad_()
+            log_base = self.base.log_prob(held, self.context)
+            (score,) = torch.autograd.grad(log_base.sum(), held, retain_graph=True, materialize_grads=True)
+        return log_base, score
 
 
 @register("Flow")
@@ -182,14 +189,8 @@ class Flow(nn.Module):
         return self._recorded(z, x, ladj, record, context)
 
     def _recorded(self, z: Tensor, x: Tensor, ladj: Tensor, record: Record, context: Tensor | None) -> Recorded:
-        """The base's log density at z and, as a constant, its score there; ladj is the forward one."""
         given = context if self.base.context else None
-        log_base = self.base.log_prob(z, given)
-        with torch.enable_grad():
-            held = z.detach().requires_grad_()
-            log_held = self.base.log_prob(held, given)
-            (score,) = torch.autograd.grad(log_held.sum(), held, retain_graph=True, materialize_grads=True)
-        return Recorded(z, x, log_base, log_held, ladj, record, score)
+        return Recorded(z, x, self.base.log_prob(z, given), ladj, record, self.base, given)
 
     def to_noise(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The noise z = T(x) behind data x."""

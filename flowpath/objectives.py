@@ -97,7 +97,8 @@ class ForwardKL(nn.Module):
             leaf = x.detach().requires_grad_()
             (score,) = torch.autograd.grad(self.log_density(leaf).sum(), leaf)  # type: ignore[misc]
         r = self.flow.record_noise(x, context)
-        g = self.flow.transform.pull_score(r.record, score) - r.base_score
+        log_held, base_score = r.at_held_noise()
+        g = self.flow.transform.pull_score(r.record, score) - base_score
         path = (r.z * g).flatten(r.ladj.dim()).sum(-1)
         value = -(r.log_base + r.ladj).detach()
-        return value + (path - path.detach()) - (r.log_base_held - r.log_base_held.detach())
+        return value + (path - path.detach()) - (log_held - log_held.detach())
