@@ -301,8 +301,22 @@ class ParamsLast(nn.Module):
         return out.unflatten(-1, (-1, self.num_params)).movedim(-1, 0)
 
 
+class Float64Scale(nn.Module):
+    """A module whose buffers `loc` and `scale` stay float64 whatever dtype it is moved to."""
+
+    loc: Tensor
+    scale: Tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float64Scale:
+        loc, scale = self.loc, self.scale
+        super()._apply(fn, recurse)
+        if self.loc.dtype != torch.float64:  # .float() or .half(): follow the device, keep the digits
+            self.loc, self.scale = loc.to(self.loc.device), scale.to(self.scale.device)
+        return self
+
+
 @register("Standardize")
-class Standardize(nn.Module):
+class Standardize(Float64Scale):
     """(c - mean) / sd of each context feature: the embedding that `fp.fit` sets from the training rows.
 
     The identity until `set_from(context)`; a constant column keeps the scale 1. Like `Whiten` it keeps its numbers and
@@ -329,13 +343,6 @@ class Standardize(nn.Module):
         self.register_buffer("loc", torch.zeros(features, dtype=torch.float64))
         self.register_buffer("scale", torch.ones(features, dtype=torch.float64))
         self.register_buffer("is_set", torch.tensor(False))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Standardize:
-        loc, scale = self.loc, self.scale
-        super()._apply(fn, recurse)
-        if self.loc.dtype != torch.float64:  # .float() or .half(): follow the device, keep the digits
-            self.loc, self.scale = loc.to(self.loc.device), scale.to(self.scale.device)
-        return self
 
     @torch.no_grad()
     def set_from(self, context: Tensor) -> Standardize:

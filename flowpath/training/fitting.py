@@ -23,7 +23,7 @@ from flowpath.training.front import Front
 from flowpath.training.intake import Data, Request, build, take_in
 from flowpath.training.loop import Limits, Loop, State, Watcher, warn_of
 from flowpath.training.nonfinite import explain
-from flowpath.training.progress import Bar, Callbacks, Scalars
+from flowpath.training.progress import watchers
 from flowpath.training.results import FitResult
 from flowpath.training.schedules import Schedule, ScheduleName
 from flowpath.training.scoring import Score, held_out
@@ -246,8 +246,7 @@ def _watchers(callbacks: Any, log_dir: Any, progress: Any, limits: Limits, data:
     total = limits.steps
     if total is None and limits.epochs and data.batches.steps:
         total = limits.epochs * data.batches.steps
-    scalars = [] if log_dir is None else [Scalars(log_dir)]
-    return [*scalars, Callbacks(callbacks), Bar(total, progress)]
+    return watchers(callbacks, log_dir, progress, total)
 
 
 def _warn_if_slow(flow: Flow) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any, Literal
 
-from flowpath.training.loop import State
+from flowpath.training.loop import State, Watcher
 
 
 class Bar:
@@ -86,3 +86,9 @@ class Callbacks:
 
     def close(self) -> None:
         pass
+
+
+def watchers(callbacks: Any, log_dir: Any, progress: Any, total: int | None) -> list[Watcher]:
+    """All who look on: TensorBoard where `log_dir` is given, the user's functions, the bar over `total` steps."""
+    scalars = [] if log_dir is None else [Scalars(log_dir)]
+    return [*scalars, Callbacks(callbacks), Bar(total, progress)]

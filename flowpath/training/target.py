@@ -25,8 +25,8 @@ from flowpath.training.batches import Batch
 from flowpath.training.checkpoint import Checkpoint, Resumed
 from flowpath.training.compiling import CompileMode, Runner
 from flowpath.training.fitting import adam, trainable
-from flowpath.training.loop import Limits, Loop, State, Watcher, warn_of
-from flowpath.training.progress import Bar, Callbacks, Scalars
+from flowpath.training.loop import Limits, Loop, State, warn_of
+from flowpath.training.progress import watchers
 from flowpath.training.schedules import Schedule, ScheduleName
 from flowpath.training.scoring import Score
 from flowpath.variational import ReverseKL
@@ -194,7 +194,7 @@ def fit_target(
                 opt,
                 Schedule(schedule, opt, patience),
                 limits,
-                _watchers(callbacks, log_dir, progress, steps),
+                watchers(callbacks, log_dir, progress, steps),
                 lambda batch: "log p or its gradient is not finite at some of the flow's draws",
                 None if checkpoint is None else Checkpoint(checkpoint, identity, resume),
                 State(flow=flow),
@@ -244,11 +244,6 @@ def _built(flow: Flow | str, options: dict[str, Any]) -> Flow:
 def _own(log_density: LogDensity) -> list[nn.Parameter]:
     """The target's own trainable parameters, where it is a module."""
     return [p for p in log_density.parameters() if p.requires_grad] if isinstance(log_density, nn.Module) else []
-
-
-def _watchers(callbacks: Any, log_dir: Any, progress: Any, steps: int) -> list[Watcher]:
-    scalars = [] if log_dir is None else [Scalars(log_dir)]
-    return [*scalars, Callbacks(callbacks), Bar(steps, progress)]
 
 
 @torch.no_grad()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from flowpath.nets import Float64Scale
 from flowpath.registry import register
 from flowpath.transform import Transform
 
 
 @register("Whiten")
-class Whiten(Transform):
+class Whiten(Float64Scale, Transform):
     r"""z = (x - m) / s, or with mode "full" z = L^{-1}(x - m), LL^T the covariance: fixed once set from data.
 
     The identity until `set_from(x)`. Its numbers are kept, and its arithmetic done, in float64 whatever the dtype of
@@ -48,13 +48,6 @@ class Whiten(Transform):
         self.register_buffer("loc", torch.zeros(features, dtype=torch.float64))
         self.register_buffer("scale", one if mode == "diagonal" else torch.diag(one))
         self.register_buffer("is_set", torch.tensor(False))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Whiten:
-        loc, scale = self.loc, self.scale
-        super()._apply(fn, recurse)
-        if self.loc.dtype != torch.float64:  # .float() or .half(): follow the device, keep the digits
-            self.loc, self.scale = loc.to(self.loc.device), scale.to(self.scale.device)
-        return self
 
     @torch.no_grad()
     def set_from(self, x: Tensor, weights: Tensor | None = None) -> Whiten:
