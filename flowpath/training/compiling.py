@@ -53,7 +53,7 @@ class Runner:
     def _compile(self) -> None:
         self._auto = False
         try:
-            with _validation_kept():
+            with validation_kept():
                 self._call, self.compiled = torch.compile(self._objective), True
         except Exception as error:
             self._fall_back(error)
@@ -69,7 +69,7 @@ class Runner:
         if not self.compiled:
             return _backward(self._objective, batch)
         try:
-            with _validation_kept():
+            with validation_kept():
                 return _backward(self._call, batch)
         except Exception as error:  # whatever a compiler may raise; the plain call raises again what is the user's
             self._fall_back(error)
@@ -97,7 +97,7 @@ def has_compiler(device: torch.device) -> bool:
 
 
 @contextmanager
-def _validation_kept() -> Iterator[None]:
+def validation_kept() -> Iterator[None]:
     """torch.compile switches the validation of all torch distributions off, for good: put it back."""
     before = Distribution._validate_args
     try:

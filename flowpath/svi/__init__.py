@@ -1,0 +1,1 @@
+"""Flows inside Pyro: guides, ELBOs and compiled stochastic variational inference."""

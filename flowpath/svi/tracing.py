@@ -1,0 +1,299 @@
+"""Traced functions: a function's ATen graph, its own backward passes included, free of Pyro and autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from warnings import catch_warnings, simplefilter
+
+import pyro
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+
+from flowpath.svi import graphs
+from flowpath.svi.quick import quickened
+from flowpath.training.compiling import validation_kept
+
+
+class TracingError(RuntimeError):
+    """A function that cannot be traced: the message says why."""
+
+
+class Traced:
+    """A function as one graph of ATen ops: `trace` makes it.
+
+    Called, it takes what the function took: a pytree of the traced structure, with tensors of the traced shapes and
+    dtypes. It runs without autograd; gradients that the function took itself (`torch.autograd.grad`) are part of it.
+
+    Attributes:
+        module: the graph; its arguments are the input tensors, then `held`, then the noise.
+        held: tensors that the function reached without being given them: parameters, buffers, data in closures. They
+            are read at each call, so steps of an optimiser and other writes in place are seen.
+        constants: names and shapes of the held tensors that were not announced as `live` and of literals, where they
+            have more than one element: another tensor under the same name would not be seen.
+        random: names of the random ops inside, whose law hangs on a value. All others are drawn before a call.
+    """
+
+    def __init__(self, module: GraphModule, spec: Any, held: list[Tensor], noise: GraphModule | None) -> None:
+        self.module, self.held = module, held
+        self._spec, self._noise = spec, noise
+        self.constants: tuple[str, ...] = ()
+        self.random: tuple[str, ...] = ()
+        self._inputs: list[Any] = []
+        self._out: Any = None
+        self._quick = quickened(module)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """What the function returns, a pytree of tensors."""
+        leaves, spec = pytree.tree_flatten(inputs)
+        if spec != self._spec:
+            raise ValueError(f"Traced expects {_line(self._spec)}, got {_line(spec)}: trace the function again")
+        self._check(leaves)
+        results = self.run([x for x in leaves if isinstance(x, Tensor)])
+        return pytree.tree_unflatten(results, self._out)
+
+    def _check(self, leaves: Sequence[Any]) -> None:
+        for got, expected in zip(leaves, self._inputs, strict=True):
+            if describe(got) != expected:
+                raise ValueError(f"Traced expects {expected}, got {describe(got)}: trace the function again")
+
+    def noise(self) -> list[Tensor]:
+        """The draws of one call, from torch's global generator, in the order in which the function makes them."""
+        return [] if self._noise is None else self._noise.forward()
+
+    def run(self, inputs: list[Tensor]) -> list[Any]:
+        """The flat results for the flat input tensors: unchecked, for loops."""
+        with torch.no_grad():
+            return self._quick(*inputs, *self.held, *self.noise())
+
+    def compiled(self, inputs: Sequence[Tensor]) -> Callable[[list[Tensor]], list[Any]]:
+        """`run` through torch's inductor: C++ on a CPU, Triton and CUDA graphs on a GPU.
+
+        Compiles now, for a function of these inputs. Raises whatever the compiler raises.
+        """
+        given = [*inputs, *self.held, *self.noise()]
+        options: dict[str, Any] = {"fallback_random": bool(self.random)}
+        if any(x.is_cuda for x in given):
+            options["triton.cudagraphs"] = not self.random
+        with torch.no_grad(), validation_kept(), torch.random.fork_rng(_devices(given)), catch_warnings():
+            simplefilter("ignore", DeprecationWarning)  # torch's own
+            call = torch._inductor.compile(self.module, [x.detach() for x in given], options=options)
+            call(*given)
+
+        def run(inputs: list[Tensor]) -> list[Any]:
+            with torch.no_grad():
+                return list(call(*inputs, *self.held, *self.noise()))
+
+        return run
+
+
+def trace(fn: Callable[..., Any], example_inputs: Sequence[Any], *, live: Iterable[Tensor] = ()) -> Traced:
+    """Record what a function does to tensors, `torch.autograd.grad` inside it included, as one graph of ATen ops.
+
+    The function is run once, with validation of distributions off; torch's generator and `live` tensors are put back.
+    Its control flow is recorded as it went: it may hang on shapes and on arguments that are no tensors, and where it
+    hangs on a tensor's value an error says so. Random ops whose law is fixed are taken out of the graph and drawn
+    before each call, from torch's global generator in the same order, so that a call consumes the noise that the
+    function would.
+
+    Args:
+        fn: takes `*example_inputs`, returns a pytree of tensors.
+        example_inputs: pytrees of tensors and of other values; the latter become part of the graph.
+        live: tensors that fn reaches by itself and that may change in place: parameters, buffers.
+
+    Raises:
+        TracingError: fn's control flow hangs on a tensor's value, or it does something that has no graph.
+
+    Example:
+        >>> import torch
+        >>> from flowpath.svi.tracing import trace
+        >>> w = torch.ones(3, requires_grad=True)
+        >>> def slope(x):
+        ...     return torch.autograd.grad((w * x + torch.randn(3)).square().sum(), w)[0]
+        >>> traced = trace(slope, [torch.zeros(3)], live=[w])
+        >>> x = torch.arange(3.0)
+        >>> with torch.random.fork_rng():
+        ...     seed = torch.manual_seed(0)
+        ...     expected = slope(x)
+        ...     seed = torch.manual_seed(0)
+        ...     bool(torch.equal(traced(x), expected))
+        True
+    """
+    leaves, spec = pytree.tree_flatten(tuple(example_inputs))
+    inputs = [x for x in leaves if isinstance(x, Tensor)]
+    # An object given twice, or given and live, has two roles; an alias of it keeps them apart.
+    known = _distinct(live)
+    stand_ins = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
+    outputs: list[Any] = []
+
+    def flat(stand_ins: list[Tensor], known: list[Tensor]) -> list[Any]:
+        tensors = iter(stand_ins)
+        given = pytree.tree_unflatten([next(tensors) if isinstance(x, Tensor) else x for x in leaves], spec)
+        results, out = pytree.tree_flatten(fn(*given))
+        outputs.append(out)
+        return results
+
+    with _kept(known), torch.random.fork_rng(_devices([*inputs, *known])), plain_tensors():
+        try:
+            recorded = make_fx(flat, tracing_mode="real")(stand_ins, known)
+        except Exception as error:
+            raise TracingError(_reason(error)) from error
+    traced = _finish(recorded, spec, known, len(inputs))
+    traced._inputs, traced._out = [describe(x) for x in leaves], outputs[-1]
+    return traced
+
+
+def _finish(recorded: GraphModule, spec: Any, known: list[Tensor], num_inputs: int) -> Traced:
+    """Turn a recorded graph into one with all tensors as arguments and without what is not needed."""
+    graph = recorded.graph
+    graph.set_codegen(torch.fx.graph.CodeGen())
+    held, constants = _hold(recorded, known)
+    for tidy in (graphs.drop_same, graphs.pin_shapes, graphs.drop_dead, graphs.merge_common, graphs.drop_dead):
+        tidy(graph)
+    graphs.separate_outputs(graph)
+    noise = _hoist(recorded)
+    used = [n for n in graph.nodes if n.op == "placeholder"][num_inputs : num_inputs + len(held)]
+    for node in used:
+        if not node.users:
+            graph.erase_node(node)
+    held = [x for x, node in zip(held, used, strict=True) if node.users]
+    recorded.recompile()
+    traced = Traced(recorded, spec, held, noise)
+    traced.constants = tuple(constants)
+    traced.random = tuple(dict.fromkeys(graphs.name_of(n) for n in graph.nodes if graphs.is_random(n)))
+    return traced
+
+
+def _hold(module: GraphModule, known: list[Tensor]) -> tuple[list[Tensor], list[str]]:
+    """Make every tensor that the graph holds an argument of it, but for literals; describe those that are baked in."""
+    graph, held, constants = module.graph, list(known), []
+    after = [n for n in graph.nodes if n.op == "placeholder"][-1:]
+    memory = {x.untyped_storage().data_ptr() for x in known}
+    arguments: dict[int, Node] = {}
+    for node in [n for n in graph.nodes if n.op == "get_attr"]:
+        tensor = getattr(module, str(node.target))
+        literal = all(u.target is graphs.aten.lift_fresh_copy.default for u in node.users)
+        new = tensor.untyped_storage().data_ptr() not in memory and id(tensor) not in arguments
+        if tensor.numel() > 1 and new:
+            constants.append(f"{'a literal' if literal else 'a tensor'} of shape {tuple(tensor.shape)}")
+        if literal:
+            node.meta["literal"] = True
+            continue
+        if id(tensor) not in arguments:
+            with graph.inserting_after(after[-1]) if after else graph.inserting_before(node):
+                argument = graph.placeholder(f"held_{len(held)}")
+            argument.meta.update(node.meta)
+            after = [argument]
+            arguments[id(tensor)] = argument
+            held.append(tensor)
+        node.replace_all_uses_with(arguments[id(tensor)])
+        graph.erase_node(node)
+    return held, constants
+
+
+def _hoist(module: GraphModule) -> GraphModule | None:
+    """Move the random ops of fixed law into a graph of their own, whose results become arguments."""
+    graph = module.graph
+    draws = graphs.random_to_hoist(graph)
+    if not draws:
+        return None
+    moved = graphs.with_ancestors(draws)
+    own, copies = Graph(), dict[Node, Node]()
+    for node in graph.nodes:
+        if node in moved:
+            copies[node] = own.node_copy(node, lambda n: copies[n])
+    kept = [n for n in graph.nodes if n in moved and any(u not in moved for u in n.users)]
+    own.output([copies[n] for n in kept])
+    after = [n for n in graph.nodes if n.op == "placeholder"][-1:]
+    for i, node in enumerate(kept):
+        with graph.inserting_after(after[-1]) if after else graph.inserting_before(next(iter(graph.nodes))):
+            argument = graph.placeholder(f"noise_{i}")
+        argument.meta.update(node.meta)
+        after = [argument]
+        node.replace_all_uses_with(argument, delete_user_cb=lambda u: u not in moved)
+    for node in reversed([n for n in graph.nodes if n in moved]):
+        if not node.users:
+            graph.erase_node(node)
+    graphs.drop_dead(graph)
+    return GraphModule(module, own)
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """Inside, nothing looks at a tensor's value: no validation of distributions, no warnings about NaN.
+
+    `x.item()` gives a number where it is known, a tensor without gradient where not. All is put back.
+    """
+    quiet = {name: False for name in pyro.settings.get() if name.startswith("validate_")}
+    with ExitStack() as stack:
+        stack.enter_context(pyro.settings.context(**quiet))
+        stack.enter_context(_patched(Distribution, "_validate_sample", lambda self, value: None))
+        stack.enter_context(_patched(pyro.util, "torch_isnan", lambda x: False))
+        # What torch.export does too: code that branches on values takes its branch without.
+        stack.enter_context(_patched(torch.compiler, "_is_compiling_flag", True))
+        stack.enter_context(_Items())
+        yield
+
+
+class _Items(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.item:
+            return func(*args, **(kwargs or {}))
+        try:
+            return func(*args)
+        except RuntimeError:
+            return args[0].detach()
+
+
+@contextmanager
+def _patched(owner: Any, name: str, new: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, new)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
+def _kept(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Put the values of buffers back that a run changes, such as those of a batch normalisation."""
+    before = [(x, x.detach().clone()) for x in tensors if not x.requires_grad]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for x, copy in before:
+                x.copy_(copy)
+
+
+def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list({id(x): x for x in tensors}.values())
+
+
+def _devices(tensors: Sequence[Any]) -> list[int]:
+    """The CUDA devices of tensors, as `torch.random.fork_rng` wants them."""
+    found = {x.device.index for x in tensors if isinstance(x, Tensor) and x.is_cuda}
+    return sorted(i for i in found if i is not None)
+
+
+def describe(x: Any) -> Any:
+    """What has to be the same for a graph to fit: shape, dtype and device of a tensor, else the value."""
+    return (tuple(x.shape), x.dtype, x.device) if isinstance(x, Tensor) else x
+
+
+def _line(spec: Any) -> str:
+    return " ".join(str(spec).split())
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    if "get value out of a tracing tensor" in text:
+        return "control flow or a number that hangs on the value of a tensor"
+    return f"{type(error).__name__}: {next(iter(text.splitlines()), '')}"
