@@ -2,6 +2,7 @@
 
 from flowpath import _pyro  # noqa: F401, I001  before anything that imports Pyro
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from flowpath import tables, testing
@@ -50,6 +51,7 @@ from flowpath.transforms import (
 from flowpath.variational import IWBound, LogVariance, ReverseKL
 
 if TYPE_CHECKING:
+    from flowpath import svi
     from flowpath.density import FlowDensity
 
 __version__ = "0.1.0"
@@ -137,6 +139,7 @@ __all__ = [
     "realnvp",
     "register",
     "save",
+    "svi",
     "tables",
     "testing",
     "to_nflows",
@@ -145,9 +148,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """FlowDensity is found when it is asked for: scikit-learn takes a second to import."""
+    """FlowDensity and svi are found when they are asked for: what they import takes a second."""
     if name == "FlowDensity":
         from flowpath.density import FlowDensity
 
         return FlowDensity
+    if name == "svi":
+        return importlib.import_module("flowpath.svi")
     raise AttributeError(f"module 'flowpath' has no attribute {name!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -87,6 +87,14 @@ class FlowDistribution(TorchDistribution):
         value, log_prob = self.rsample_and_log_prob(sample_shape)
         self._drawn = value, value._version, torch.is_grad_enabled(), log_prob
         return value
+
+    def rsample_and_score(self) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
+        """A draw a batch entry, its log density, and a function for d log q(x) / dx from the same pass, a constant."""
+        shape, context = self.request(())
+        r = self.flow.record_draws(shape, context)
+        log_prob = r.log_base + r.ladj
+        self._drawn = r.x, r.x._version, torch.is_grad_enabled(), log_prob
+        return r.x, log_prob, lambda: self.flow.transform.pull_score(r.record, r.at_held_noise()[1])
 
     def sample(self, sample_shape: Shape = ()) -> Tensor:
         """Draws without gradients."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -74,7 +75,7 @@ class Pathwise:
             )
         d = draw(q, num_samples, noise)
         cost = _checked(f, d.value, q)
-        if d.value.requires_grad and not _reaches(cost, d.value):
+        if d.value.requires_grad and not reaches(cost, d.value):
             raise ValueError(
                 "Pathwise: the cost gives no gradient back to its argument (a detach, a comparison, NumPy?), so the "
                 "estimate would silently be zero: use Score(), or make f differentiable"
@@ -219,6 +220,22 @@ def expectation(
     return values.mean(0) if reduce else values
 
 
+def least_variance_weight(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    r"""The weight c of the score part that gives the gradient path + c score least variance, from two half batches.
+
+    .. math:: c = -\frac{\langle p_1 - p_2,\, s_1 - s_2 \rangle}{|s_1 - s_2|^2} \quad \text{clipped to } [0, 1]
+
+    Args:
+        first, second: flat path and score gradients (p, s) of a half batch each.
+
+    Returns:
+        A scalar; NaN where the gradients are not finite.
+    """
+    path, score = (a - b for a, b in zip(first, second, strict=True))
+    weight = -(path @ score) / (score @ score).clamp_min(torch.finfo(score.dtype).tiny)
+    return torch.where(torch.isfinite(weight), weight.clamp(0.0, 1.0), torch.nan)
+
+
 def _checked(f: Cost, z: Tensor, q: Distribution) -> Tensor:
     cost = f(z)
     want = z.shape[: z.dim() - len(q.event_shape)]
@@ -228,10 +245,10 @@ def _checked(f: Cost, z: Tensor, q: Distribution) -> Tensor:
     return cost
 
 
-def _reaches(cost: Tensor, value: Tensor) -> bool:
+def reaches(cost: Tensor | None, value: Tensor) -> bool:
     """Whether the graph of cost leads back to value."""
-    if cost is value:
-        return True
+    if cost is None or cost is value:
+        return cost is value
     seen, todo = set(), [cost.grad_fn]
     while todo:
         node = todo.pop()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flowpath.checks import check_count
 from flowpath.draws import Noise, draw
-from flowpath.estimators import Estimator, Pathwise, Score
+from flowpath.estimators import Estimator, Pathwise, Score, least_variance_weight
 from flowpath.flow import Flow
 from flowpath.objectives import LogDensity
 
@@ -94,11 +94,10 @@ class ReverseKL(nn.Module):
         """One more pair of half batches; each moves the average by a bounded step, whatever its tails."""
         params = [p for p in self.flow.parameters() if p.requires_grad]
         pairs = [self._half_batch(params) for _ in range(2)]
-        path, score = (pairs[0][k] - pairs[1][k] for k in (0, 1))
-        ratio = -(path @ score) / (score @ score).clamp_min(torch.finfo(score.dtype).tiny)
-        if torch.isfinite(ratio):
+        weight = least_variance_weight(pairs[0], pairs[1])
+        if torch.isfinite(weight):
             self.updates.add_(1)
-            self.score_weight.lerp_(ratio.clamp(0.0, 1.0).to(self.score_weight), 1.0 / min(int(self.updates), 10))
+            self.score_weight.lerp_(weight.to(self.score_weight), 1.0 / min(int(self.updates), 10))
 
     def _half_batch(self, params: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
         """Path and score gradients of the loss over half a batch of fresh draws, flattened."""

@@ -1,1 +1,7 @@
-"""Flows inside Pyro: guides, ELBOs and compiled stochastic variational inference."""
+"""Stochastic variational inference with flows: guides, ELBOs and registration for Pyro models."""
+
+from flowpath.svi.dreg import DRegELBO
+from flowpath.svi.elbo import PathELBO, PathGraphELBO, PathMixin
+from flowpath.svi.modules import module
+
+__all__ = ["DRegELBO", "PathELBO", "PathGraphELBO", "PathMixin", "module"]

@@ -204,7 +204,7 @@ def _moved(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
 class ForeachClippedAdam(ClippedAdam):
     """Pyro's ClippedAdam, all parameters of a group in each kernel call."""
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step; a closure is not taken."""
         for group in self.param_groups:
             group["lr"] *= group["lrd"]

@@ -228,6 +228,12 @@ def _implicit_vjp(
     return v, dcontext, tuple(next(found) if p.requires_grad else None for p in leaves)
 
 
+def _traced() -> bool:
+    """Whether torch.compile or make_fx looks on: then no value may be read, and all d - 1 sweeps are made."""
+    proxy = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    return torch.compiler.is_compiling() or proxy is not None
+
+
 def solve_transposed(z: Tensor, x: Tensor, diagonal: Tensor, g: Tensor) -> Tensor:
     """v with J^T v = g for the triangular J = dz/dx, by Jacobi sweeps from v = g / diagonal; at most d of them."""
     v = g / diagonal
@@ -238,6 +244,6 @@ def solve_transposed(z: Tensor, x: Tensor, diagonal: Tensor, g: Tensor) -> Tenso
         (product,) = torch.autograd.grad(z, x, v, retain_graph=True)
         step = (g - product) / diagonal
         v = v + step
-        if not torch.compiler.is_compiling() and bool((step.abs() <= tolerance * v.abs().amax()).all()):
+        if not _traced() and bool((step.abs() <= tolerance * v.abs().amax()).all()):
             break
     return v
