@@ -1,58 +1,58 @@
-"""flowpath: normalizing flows as density models, pathwise samplers and Pyro distributions."""
+"""flowpath: normalizing flows as density models, pathwise samplers and Pyro distributions.
 
-from flowpath import _pyro  # noqa: F401, I001  before anything that imports Pyro
+A name is imported when it is first asked for, so that `flowpath --help` need not wait for torch.
+"""
 
 import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from flowpath import tables, testing
-from flowpath.architectures import gaussian, iaf, maf, nsf, nsf_autoregressive, realnvp
-from flowpath.bases import Base, BoxUniform, DiagonalNormal, NormalMixture, StandardNormal, StudentT
-from flowpath.foreign_bases import ConditionalBase
-from flowpath.diagnostics import (
-    GradientRow,
-    GradientTable,
-    Report,
-    check,
-    ess,
-    gradient_variance,
-    hpd_level,
-    log_evidence,
-    psis,
-)
-from flowpath.draws import Draw, Sobol, draw
-from flowpath.estimators import Enumerate, Estimator, Pathwise, Score, expectation
-from flowpath.distribution import FlowDistribution
-from flowpath.flow import Flow
-from flowpath.interop import from_nflows, from_torch, to_nflows, to_torch
-from flowpath.io import load, save
-from flowpath.nets import MLP, MaskedMLP, ParamsLast, ResidualMLP, Standardize
-from flowpath.objectives import ForwardKL, MaximumLikelihood
-from flowpath.registry import register
-from flowpath.supports import Support, above, below, integer, interval, lattice, positive, real
-from flowpath.tables import infer_supports
-from flowpath.training import FitResult, State, TargetResult, fit, fit_target, log_prob
-from flowpath.transform import Chain, Conditioner, Element, Inverse, Record, Transform
-from flowpath.transforms import (
-    LU,
-    ActNorm,
-    Additive,
-    Affine,
-    CircularRationalQuadratic,
-    Coupling,
-    Elementwise,
-    Householder,
-    MaskedAutoregressive,
-    Permutation,
-    RationalQuadratic,
-    TriangularAffine,
-    Whiten,
-)
-from flowpath.variational import IWBound, LogVariance, ReverseKL
-
 if TYPE_CHECKING:
-    from flowpath import svi
+    from flowpath import svi, tables, testing
+    from flowpath.architectures import gaussian, iaf, maf, nsf, nsf_autoregressive, realnvp
+    from flowpath.bases import Base, BoxUniform, DiagonalNormal, NormalMixture, StandardNormal, StudentT
     from flowpath.density import FlowDensity
+    from flowpath.diagnostics import (
+        GradientRow,
+        GradientTable,
+        Report,
+        check,
+        ess,
+        gradient_variance,
+        hpd_level,
+        log_evidence,
+        psis,
+    )
+    from flowpath.distribution import FlowDistribution
+    from flowpath.draws import Draw, Sobol, draw
+    from flowpath.estimators import Enumerate, Estimator, Pathwise, Score, expectation
+    from flowpath.flow import Flow
+    from flowpath.foreign_bases import ConditionalBase
+    from flowpath.interop import from_nflows, from_torch, to_nflows, to_torch
+    from flowpath.io import load, save
+    from flowpath.nets import MLP, MaskedMLP, ParamsLast, ResidualMLP, Standardize
+    from flowpath.objectives import ForwardKL, MaximumLikelihood
+    from flowpath.registry import register
+    from flowpath.supports import Support, above, below, integer, interval, lattice, positive, real
+    from flowpath.tables import infer_supports
+    from flowpath.training import FitResult, State, TargetResult, fit, fit_target, log_prob
+    from flowpath.transform import Chain, Conditioner, Element, Inverse, Record, Transform
+    from flowpath.transforms import (
+        LU,
+        ActNorm,
+        Additive,
+        Affine,
+        CircularRationalQuadratic,
+        Coupling,
+        Elementwise,
+        Householder,
+        MaskedAutoregressive,
+        Permutation,
+        RationalQuadratic,
+        TriangularAffine,
+        Whiten,
+    )
+    from flowpath.variational import IWBound, LogVariance, ReverseKL
 
 __version__ = "0.1.0"
 
@@ -146,13 +146,56 @@ __all__ = [
     "to_torch",
 ]
 
+# The names that each module gives to __all__; a type checker reads the imports above instead.
+_GIVES = {
+    "architectures": "gaussian iaf maf nsf nsf_autoregressive realnvp",
+    "bases": "Base BoxUniform DiagonalNormal NormalMixture StandardNormal StudentT",
+    "density": "FlowDensity",
+    "diagnostics": "GradientRow GradientTable Report check ess gradient_variance hpd_level log_evidence psis",
+    "distribution": "FlowDistribution",
+    "draws": "Draw Sobol draw",
+    "estimators": "Enumerate Estimator Pathwise Score expectation",
+    "flow": "Flow",
+    "foreign_bases": "ConditionalBase",
+    "interop": "from_nflows from_torch to_nflows to_torch",
+    "io": "load register save",
+    "nets": "MLP MaskedMLP ParamsLast ResidualMLP Standardize",
+    "objectives": "ForwardKL MaximumLikelihood",
+    "supports": "Support above below integer interval lattice positive real",
+    "tables": "infer_supports",
+    "training": "FitResult State TargetResult fit fit_target log_prob",
+    "transform": "Chain Conditioner Element Inverse Record Transform",
+    "transforms": (
+        "ActNorm Additive Affine CircularRationalQuadratic Coupling Elementwise Householder LU MaskedAutoregressive "
+        "Permutation RationalQuadratic TriangularAffine Whiten"
+    ),
+    "variational": "IWBound LogVariance ReverseKL",
+}
+_HOME = {name: module for module, names in _GIVES.items() for name in names.split()}
 
-def __getattr__(name: str) -> Any:
-    """FlowDensity and svi are found when they are asked for: what they import takes a second."""
-    if name == "FlowDensity":
-        from flowpath.density import FlowDensity
 
-        return FlowDensity
-    if name == "svi":
-        return importlib.import_module("flowpath.svi")
+if not TYPE_CHECKING:  # to a type checker it would promise any name
+
+    def __getattr__(name: str) -> Any:
+        """A name of __all__ or a module of flowpath, imported now and kept."""
+        if name in _HOME:
+            value = getattr(importlib.import_module(f"flowpath.{_HOME[name]}"), name)
+        else:
+            value = _module(name)
+        globals()[name] = value
+        return value
+
+
+def _module(name: str) -> ModuleType:
+    """A module of flowpath, or an AttributeError where there is none of that name."""
+    try:
+        if not name.startswith("_"):
+            return importlib.import_module(f"flowpath.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"flowpath.{name}":
+            raise
     raise AttributeError(f"module 'flowpath' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -32,7 +32,7 @@ _FLAGS = {
     "at_bound='nudge'": "--at-bound nudge",
     "sample_weight": "--weights",
     "see test=": "see --test",
-    "drop or encode them": "name the columns to fit with --columns",
+    "drop or encode them": "name the columns you want (--columns)",
     "; pass overwrite=True": "; pass --force",
 }
 

@@ -252,7 +252,7 @@ def _roles(args: Namespace, table: pl.DataFrame) -> tuple[list[str], list[str], 
     roles = [*names, *context, *([weight] if weight else [])]
     twice = sorted({n for n in roles if roles.count(n) > 1})
     if twice:
-        raise ValueError(f"fit: {', '.join(twice)} named more than once among --columns, --context and --weights")
+        raise ValueError(f"fit: named more than once among --columns, --context and --weights: {', '.join(twice)}")
     return names, context, weight
 
 
@@ -330,7 +330,8 @@ def _complete(rows: pl.DataFrame, frame: pl.DataFrame, context: pl.DataFrame | N
         return rows
     if missing == "error":
         raise ValueError(
-            f"check: missing values (NaN) in {absent.sum()} rows, first in row {absent.argmax()}; pass --missing drop"
+            f"check: missing values (NaN) in {plural('row', int(absent.sum()), count=True)}, first in row "
+            f"{absent.argmax()}; pass --missing drop"
         )
     print(f"{absent.sum()} rows with missing values dropped")
     return rows.filter(~absent)

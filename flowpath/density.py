@@ -21,6 +21,7 @@ from flowpath.tables.learning import Plan, learn
 from flowpath.tables.presets import Architecture
 from flowpath.tables.scores import draw, log_mass
 from flowpath.tables.sidecar import read_density, write_density
+from flowpath.training.rows import plural
 
 _OF_FIT = ("batch_size", "epochs", "steps", "learning_rate", "patience", "time_limit", "device", "compile")
 _OF_FLOW = ("transforms", "hidden_features", "dropout", "whiten")
@@ -146,7 +147,7 @@ class FlowDensity(DensityMixin, BaseEstimator):
                 missing or infinite values, or values outside their supports, with rows and columns.
         """
         self._check_settings()
-        seed = intake.seed_of(self.random_state)
+        seed = intake.seed_of_fit(self.random_state)
         who = "FlowDensity.fit"
         x, schema = self._first_rows(X)
         c, context_names = intake.first_context(context, who)
@@ -179,8 +180,8 @@ class FlowDensity(DensityMixin, BaseEstimator):
         absent = x.isnan().any(1) if c is None else x.isnan().any(1) | c.isnan().any(1)
         if bool(absent.any()) and self.missing == "error":
             raise ValueError(
-                f"{who}: missing values (NaN) in {int(absent.sum())} rows, first in row {int(absent.nonzero()[0])}; "
-                "pass missing='drop' to score them NaN"
+                f"{who}: missing values (NaN) in {plural('row', int(absent.sum()), count=True)}, first in row "
+                f"{int(absent.nonzero()[0])}; pass missing='drop' to score them NaN"
             )
         if self.at_bound == "nudge":
             x = self.layout_.nudge(x, self.nudges_)

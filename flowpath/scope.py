@@ -64,7 +64,7 @@ def devices(flow: Flow | str, device: str | torch.device) -> tuple[torch.device,
 def _own_gpu() -> torch.device:
     """The GPU; under torchrun, which sets LOCAL_RANK, one for each process."""
     rank = os.environ.get("LOCAL_RANK")
-    if rank is None or int(os.environ.get("WORLD_SIZE") or 1) == 1:
+    if rank is None or processes() == 1:
         return torch.device("cuda")
     if int(rank) >= torch.cuda.device_count():
         raise ValueError(
@@ -83,4 +83,11 @@ def versions() -> dict[str, str]:
 
 def leads() -> bool:
     """Whether this process prints and writes: under torchrun rank 0 alone, otherwise always."""
-    return int(os.environ.get("WORLD_SIZE") or 1) == 1 or os.environ.get("RANK", "0") == "0"
+    return processes() == 1 or os.environ.get("RANK", "0") == "0"
+
+
+def processes() -> int:
+    """How many processes fit together: those of a process group that is there, or that torchrun started."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return int(os.environ.get("WORLD_SIZE") or 1)

@@ -102,6 +102,13 @@ def test_a_conditional_flow_is_checked_under_its_contexts() -> None:
     assert report.part("calibration").grade == "pass"
 
 
+def test_a_classifier_gains_and_loses_nothing_by_knowing_the_contexts() -> None:
+    """Rows and draws share their contexts; seen with one label in training, a context must not return in a test."""
+    flow = fp.gaussian(1, context=2)
+    part = fp.check(flow, torch.randn(2000, 1), torch.rand(2000, 2)).part("classifier two-sample test")
+    assert part.numbers["accuracy"] == pytest.approx(0.5, abs=4 * part.numbers["error"])
+
+
 def test_rows_beyond_the_box_are_counted(fitted: fp.Flow) -> None:
     part = fp.check(fp.nsf(2, transforms=1, bound=1.0), 3 * torch.randn(500, 2)).part("spline box")
     assert part.grade == "warn"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import flowpath as fp
-from flowpath import demo, plot
+from flowpath import cli, demo, plot
 from flowpath.demo import FLOW, GAUSSIAN, MIXTURE, TRUTH, Folded, Mixture, Scores
 
 
@@ -23,8 +23,8 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 
 def test_leaves_every_file(quick: tuple[Path, dict]) -> None:
     folder, _ = quick
-    tables = {"flow.safetensors", "samples.csv", "history.csv", "summary.json"}
-    figures = {"log_density.png", "pairs.png", "history.png", "digits.png"}
+    tables = {"flow.safetensors", "table.json", "samples.csv", "scores.csv", "history.csv", "summary.json"}
+    figures = {"known_log_density.png", "known_pairs.png", "histories.png", "digits.png", "report.html"}
     left = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert tables | figures <= set(left)
     assert min(left.values()) > 0
@@ -35,15 +35,26 @@ def test_summary_is_what_was_returned(quick: tuple[Path, dict]) -> None:
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
 
 
-def test_saved_flow_draws_the_samples(quick: tuple[Path, dict]) -> None:
+def test_saved_estimator_draws_the_samples(quick: tuple[Path, dict]) -> None:
     folder, _ = quick
-    with open(folder / "samples.csv", newline="") as file:
-        names, *rows = csv.reader(file)
-    samples = torch.tensor([[float(v) for v in row] for row in rows])
-    flow = fp.load(folder / "flow.safetensors")
-    again = flow.sample(len(rows), generator=torch.Generator().manual_seed(0))
-    assert len(names) == 64
-    assert torch.allclose(samples, again, atol=1e-3)
+    samples = fp.tables.read(folder / "samples.csv")
+    again = fp.FlowDensity.load(folder).sample(len(samples))
+    assert samples.shape == (1000, 64)
+    assert np.allclose(samples.to_numpy(), again.to_numpy(), atol=1e-3)
+
+
+def test_scores_are_those_of_the_rows_held_out(quick: tuple[Path, dict]) -> None:
+    folder, summary = quick
+    scores, held = fp.tables.read(folder / "scores.csv"), fp.tables.read(folder / "held_out.parquet")
+    again = fp.FlowDensity.load(folder).score_samples(held)
+    assert np.allclose(scores["log_prob"].to_numpy(), again)
+    assert float(scores["log_prob"].mean()) == pytest.approx(summary["handwritten digits"]["mean log density"][FLOW])
+    assert torch.equal(demo.digits(0)[0][scores["row"].to_torch()], held.to_torch())
+
+
+def test_a_demonstration_is_a_run(quick: tuple[Path, dict], tmp_path: Path) -> None:
+    assert cli.main(["sample", str(quick[0]), "-n", "3", "--out", str(tmp_path / "mock.csv")]) == 0
+    assert 'class="verdict' in (quick[0] / "report.html").read_text()
 
 
 @pytest.mark.parametrize("part", ["known density", "handwritten digits"])

@@ -309,6 +309,19 @@ def test_the_same_seed_gives_the_same_model(keeps_rng: Any) -> None:
     assert a == b
 
 
+def test_processes_that_fit_together_need_a_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="each of the 2 processes would split .* random_state=0"):
+        fp.FlowDensity().fit(np.eye(3))
+
+
+def test_epochs_of_dequantised_rows_are_explained() -> None:
+    x = np.random.default_rng(0).poisson(3, (100, 1))
+    model = fp.FlowDensity([fp.integer(0)], "gaussian", epochs=5, random_state=0).fit(x)
+    assert model.result_.epochs == 2
+    assert model.notes_[-1].startswith("lattices were dequantised 4 times over, so an epoch is 4 passes over the rows;")
+
+
 def test_a_random_state_may_be_numpys() -> None:
     settings = {**QUICK, "random_state": np.random.RandomState(3)}
     a = clone(fp.FlowDensity(**settings)).fit(frame()).score(frame())

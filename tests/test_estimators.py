@@ -385,6 +385,12 @@ def test_fit_target_finds_the_evidence(estimator: fp.Estimator) -> None:
     assert "usable" in result.verdict() or "good" in result.verdict()
 
 
+def test_fit_target_fits_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="fit_target: 2 processes were started .* without torchrun"):
+        fp.fit_target("gaussian", gaussian_target, features=2)
+
+
 def test_fit_target_takes_other_objectives() -> None:
     objective = partial(fp.IWBound, num_samples=4, batch_size=16)
     result = fp.fit_target("gaussian", gaussian_target, objective=objective, seed=0, draws=2000, **TARGET)

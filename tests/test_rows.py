@@ -103,7 +103,7 @@ BAD = {
     "strings": (np.array([["a", "b"]]), TypeError, "expects x to hold numbers, got <U1"),
     "ragged": ([[1, 2], [3]], TypeError, "rows of one length"),
     "complex": (torch.zeros(2, 2, dtype=torch.complex64), TypeError, "expects x to be real"),
-    "string column": (pd.DataFrame({"z": [1.0], "name": ["M31"]}), TypeError, r"hold no numbers: 'name' \(str\)"),
+    "string column": (pd.DataFrame({"z": [1.0], "name": ["M31"]}), TypeError, r"words or dates .* in column 'name' \(str\)"),
     "polars strings": (pl.DataFrame({"z": [1.0], "name": ["M31"]}), TypeError, r"'name' \("),
     "dates": (pd.DataFrame({"day": pd.to_datetime(["2020-01-01"])}), TypeError, r"'day' \(datetime64"),
     "lazy frame": (pl.LazyFrame({"z": [1.0]}), TypeError, "collect"),
@@ -132,7 +132,7 @@ BESIDE = {
     "short context": ({"context": np.zeros((2, 1))}, "x has 3 rows, context has 2"),
     "short weights": ({"weights": [1.0]}, "x has 3 rows, weights has 1"),
     "wide weights": ({"weights": np.ones((3, 2))}, r"one weight a row, got weights of shape \(3, 2\)"),
-    "nan weights": ({"weights": [1.0, np.nan, 1.0]}, "weights hold 1 number that are not finite, first in row 1"),
+    "nan weights": ({"weights": [1.0, np.nan, 1.0]}, "weights are not finite in 1 row, first in row 1"),
     "no weight": ({"weights": [1.0, -1.0, 0.0]}, "weights with a positive sum, got 0"),
     "nan context": ({"context": [[1.0], [np.nan], [2.0]]}, "context holds 1 number .* row 1 column 0"),
 }

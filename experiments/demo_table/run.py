@@ -17,31 +17,30 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import polars as pl
 import torch
 from sklearn import datasets
 
-from flowpath.demo import FLOW, GAUSSIAN, MIXTURE, TABLE, Effort, compare, digits, split
-
-Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+from flowpath.demo import FLOW, GAUSSIAN, MIXTURE, SHARES, TABLE, Effort, compare, density, digits
 
 
-def parts(name: str, seed: int) -> Parts:
-    """Training, validation and test rows of a table."""
-    rows = digits(seed)[0] if name == "digits" else torch.from_numpy(getattr(datasets, f"load_{name}")().data)
-    return split(rows, seed)
+def rows(name: str, seed: int) -> torch.Tensor:
+    """A table's rows."""
+    return digits(seed)[0] if name == "digits" else torch.from_numpy(getattr(datasets, f"load_{name}")().data)
 
 
 def line(name: str, splits: int, effort: Effort) -> str:
     """The table's line of Markdown."""
     found = []
     for seed in range(splits):
-        train, validation, test = parts(name, seed)
+        x = rows(name, seed)
         with contextlib.redirect_stdout(io.StringIO()):
-            found.append(compare(train, validation, test, effort, seed)[1])
+            model = density(effort, seed, **SHARES).fit(pl.DataFrame(x.numpy()))
+            found.append(compare(model, x, x[model.rows_["test"]], effort, seed))
     means = [[s.mean(rival) for s in found] for rival in (GAUSSIAN, MIXTURE, FLOW)]
     spread = [f"{statistics.mean(m):.1f} ({statistics.stdev(m):.1f})" for m in means]
     ahead = ", ".join("{:.1f} ± {:.1f}".format(*s.ahead(FLOW, MIXTURE)) for s in found)
-    return f"| {name} | {len(train)} x {train.shape[1]} | {' | '.join(spread)} | {ahead} |"
+    return f"| {name} | {len(model.rows_['train'])} x {x.shape[1]} | {' | '.join(spread)} | {ahead} |"
 
 
 def main() -> None:

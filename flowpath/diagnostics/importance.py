@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from flowpath import _pyro  # noqa: F401  before Pyro
+
+# isort: split
 import math
 
 import torch

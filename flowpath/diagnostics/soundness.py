@@ -35,6 +35,7 @@ def _finite(flow: Flow, x: Tensor, context: Tensor | None, draws: Tensor, log_q:
     bad_rows = int((~torch.isfinite(log_p)).sum())
     bad_draws = int((~torch.isfinite(draws.flatten(1)).all(1) | ~torch.isfinite(log_q)).sum())
     says = f"{bad_rows} of {len(x)} rows have no finite density, {bad_draws} of {len(draws)} draws are not finite"
+    says = says if bad_rows or bad_draws else f"the densities of all {len(x)} rows and {len(draws)} draws"
     grade = "fail" if bad_draws or torch.isnan(log_p).any() else "warn" if bad_rows else "pass"
     doubt = f"{bad_rows} rows have density zero"
     return Part("finite", grade, says, {"rows": bad_rows, "draws": bad_draws}, doubt)  # type: ignore[arg-type]

@@ -16,7 +16,10 @@ from flowpath.flow import Flow
 from flowpath.io import storage
 from flowpath.io.decoding import Decoder
 from flowpath.io.encoding import Encoder
+from flowpath.registry import register
 from flowpath.scope import versions
+
+__all__ = ["load", "register", "save"]
 
 KEY, FORMAT = "flowpath", 1
 _ARGUMENT = "argument/"

@@ -180,8 +180,13 @@ def _read_parquet(path: Path) -> pl.DataFrame:
 def _read_npy(path: Path) -> pl.DataFrame:
     try:
         array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"read: {path} cannot be read as NPY ({error})") from None
+    except (ValueError, EOFError):  # NumPy's own words advise to allow pickle, which runs code
+        with open(path, "rb") as file:
+            begins_right = file.read(6) == b"\x93NUMPY"
+        why = "it is cut short, or holds Python objects" if begins_right else "it does not begin as one does"
+        raise ValueError(f"read: {path} cannot be read as NPY ({why}); write it with np.save, of numbers") from None
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"read: {path} is an archive of arrays (NPZ); save the one you mean with np.save")
     return _from_array(array, str(path))
 
 

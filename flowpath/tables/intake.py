@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowpath.scope import processes
 from flowpath.tables.columns import Schema, is_frame, labels_of, near, pick
 from flowpath.tables.layout import Layout
 from flowpath.training.rows import SHOWN, more, plural, row_weights, table
@@ -48,13 +49,13 @@ def numbers(value: Any, names: Sequence[str] | None, who: str, what: str) -> Ten
     """
     if names is not None and is_frame(value) and set(names) & set(labels_of(value)):
         value = pick(value, names, f"{who}: {what}")
-    values = table(value, who, what)[0]
+    values, labels = table(value, who, what)
     if values.dim() != 2 or (names is not None and values.shape[1] != len(names)):
         want = "rows (N, features)" if names is None else f"{len(names)} columns ({', '.join(names)})"
         raise ValueError(f"{who} expects {what} as {want}, got shape {tuple(values.shape)}")
     bad = values.isinf()
     if bool(bad.any()):
-        raise ValueError(f"{who}: {what} holds infinity (inf): {_places(values, bad, names)}; drop these rows")
+        raise ValueError(f"{who}: {what} holds infinity (inf): {_places(values, bad, labels)}; drop these rows")
     return values
 
 
@@ -130,12 +131,12 @@ def _nudged(bound: Tensor, x: Tensor, moved: Tensor, names: Sequence[str]) -> li
     return found
 
 
-def _places(values: Tensor, bad: Tensor, names: Sequence[str] | None, kept: Tensor | None = None) -> str:
+def _places(values: Tensor, bad: Tensor, names: Sequence[str], kept: Tensor | None = None) -> str:
     """The first few of the bad values, with row and column."""
     where = bad.nonzero()
     rows = where[:, 0] if kept is None else kept[where[:, 0]]
     shown = [
-        f"row {i} column {j if names is None else names[j]} ({value:g})"
+        f"row {i} column {names[j]} ({value:g})"
         for i, j, value in zip(
             rows[:SHOWN].tolist(), where[:SHOWN, 1].tolist(), values[bad][:SHOWN].tolist(), strict=True
         )
@@ -223,6 +224,20 @@ def check_weights(weights: Any, count: int, who: str) -> Tensor | None:
 def as_array(X: Any) -> Any:
     """A tensor as an array; anything else as it is."""
     return X.detach().cpu().numpy() if isinstance(X, Tensor) else X
+
+
+def seed_of_fit(random_state: Any) -> int:
+    """As `seed_of`; processes that fit together must all begin with the same.
+
+    Raises:
+        ValueError: there are several, and no seed.
+    """
+    if random_state is None and processes() > 1:
+        raise ValueError(
+            f"FlowDensity.fit: each of the {processes()} processes would split the rows in its own way; pass the same "
+            "random_state to all, such as random_state=0"
+        )
+    return seed_of(random_state)
 
 
 def seed_of(random_state: Any) -> int:

@@ -18,7 +18,7 @@ from flowpath.tables.scores import log_mass
 from flowpath.training.fitting import fit
 from flowpath.training.results import FitResult
 from flowpath.training.rowchecks import check_trainable
-from flowpath.training.rows import Rows
+from flowpath.training.rows import Rows, plural
 
 _COPIES, _COPIED = 4, 100_000  # rows with lattices are dequantised so many times, up to so many rows in all
 _EPOCHS, _LEAST_STEPS, _BATCH = 100, 2000, 256  # as `fit` has them
@@ -62,7 +62,8 @@ def learn(
     parts = {name: _part(taken, i, layout, copies, generator) for name, i in rows.items() if len(i)}
     train = parts.pop("train", None)
     if train is None:
-        raise ValueError(f"FlowDensity.fit: {len(taken.x)} rows leave none to train on; hold out fewer")
+        count = plural("row", len(taken.x), count=True)
+        raise ValueError(f"FlowDensity.fit: of {count} none is left to train on; hold out fewer")
     check_trainable(Rows(train[0], weights=train[2], names=tuple(names)), "FlowDensity.fit")
     small = len(taken.x) < SMALL if plan.regularise == "auto" else bool(plan.regularise)
     width = 0 if taken.context is None else taken.context.shape[1]
@@ -74,8 +75,13 @@ def learn(
     result.flow.to(plan.dtype)
     if not layout.lattices:
         return result, notes
-    notes.append(f"lattices were dequantised {copies} times; the history's scores bound those of the cells from below")
+    notes.append(_counted(copies) + "the history's scores bound those of the cells from below")
     return _rescored(result, taken, rows, layout, points), notes
+
+
+def _counted(copies: int) -> str:
+    again = f" {copies} times over, so an epoch is {copies} passes over the rows" if copies > 1 else ""
+    return f"lattices were dequantised{again}; "
 
 
 def _part(

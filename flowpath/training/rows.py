@@ -138,8 +138,8 @@ def _named(columns: list[tuple[str, np.ndarray]], who: str, what: str) -> tuple[
     wordy = [f"{n!r} ({_kind(c)})" for n, c in columns if not _is_number(c)]
     if wordy:
         raise TypeError(
-            f"{who}: {what} has {plural('column', len(wordy))} that hold no numbers: {', '.join(wordy)}; drop or "
-            "encode them"
+            f"{who}: {what} holds words or dates where numbers are expected, in {plural('column', len(wordy))} "
+            f"{', '.join(wordy)}; drop or encode them"
         )
     if not columns:
         raise ValueError(f"{who}: {what} is empty: it has no columns")
@@ -191,7 +191,8 @@ def row_weights(value: Any, who: str) -> Tensor:
     bad = (~torch.isfinite(weights)).nonzero().flatten().tolist()
     if bad:
         raise ValueError(
-            f"{who}: weights hold {plural('number', len(bad), count=True)} that are not finite, first in row {bad[0]}"
+            f"{who}: weights are not finite in {plural('row', len(bad), count=True)}, first in row {bad[0]}; mend or "
+            "drop these rows"
         )
     if len(weights) and float(weights.sum()) <= 0:
         raise ValueError(f"{who} expects weights with a positive sum, got {float(weights.sum()):g}")

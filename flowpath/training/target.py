@@ -20,7 +20,7 @@ from flowpath.diagnostics import ess, log_evidence, psis
 from flowpath.estimators import Estimator
 from flowpath.flow import Flow
 from flowpath.objectives import LogDensity
-from flowpath.scope import devices, lent, random, versions
+from flowpath.scope import devices, lent, processes, random, versions
 from flowpath.training.batches import Batch
 from flowpath.training.checkpoint import Checkpoint, Resumed
 from flowpath.training.compiling import CompileMode, Runner
@@ -163,7 +163,8 @@ def fit_target(
         TargetResult: the flow, ELBO, ESS, k-hat, log Z with errors, gradient SNR, history.
 
     Raises:
-        ValueError, TypeError: settings out of range; a cost of the wrong shape; an estimator that does not suit.
+        ValueError, TypeError: settings out of range; a cost of the wrong shape; an estimator that does not suit;
+            several processes (torchrun).
 
     Example:
         >>> import torch, flowpath as fp
@@ -173,6 +174,11 @@ def fit_target(
         >>> abs(result.log_evidence - 1.838) < 0.05
         True
     """
+    if processes() > 1:
+        raise ValueError(
+            f"fit_target: {processes()} processes were started (WORLD_SIZE), but it fits in one; start it without "
+            "torchrun, and draw more samples a step with num_samples="
+        )
     for name, value in (("num_samples", num_samples), ("steps", steps)):
         check_count("fit_target", name, value)
     check_count("fit_target", "draws", draws, least=100)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from flowpath.scope import processes
 from flowpath.training.batches import Batch, Batches, RowBatches
 from flowpath.training.compiling import CompileMode
 
@@ -197,7 +198,7 @@ def together(device: torch.device) -> Iterator[Team]:
     Raises:
         ValueError: WORLD_SIZE says there are several processes, and what torchrun tells them is missing.
     """
-    if not _several():
+    if processes() == 1:
         yield Team(device=device)
         return
     with ExitStack() as stack:
@@ -212,12 +213,6 @@ def together(device: torch.device) -> Iterator[Team]:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
         yield team
-
-
-def _several() -> bool:
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_world_size() > 1
-    return int(os.environ.get("WORLD_SIZE") or 1) > 1
 
 
 def _meet(device: torch.device) -> None:
