@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from flowpath.draws import Draw, Sobol, draw
     from flowpath.estimators import Enumerate, Estimator, Pathwise, Score, expectation
     from flowpath.flow import Flow
+    from flowpath.gated import GatedMLP
     from flowpath.foreign_bases import ConditionalBase
     from flowpath.interop import from_nflows, from_torch, to_nflows, to_torch
     from flowpath.io import load, save
@@ -80,6 +81,7 @@ __all__ = [
     "FlowDensity",
     "FlowDistribution",
     "ForwardKL",
+    "GatedMLP",
     "GradientRow",
     "GradientTable",
     "Householder",
@@ -159,6 +161,7 @@ _GIVES = {
     "foreign_bases": "ConditionalBase",
     "interop": "from_nflows from_torch to_nflows to_torch",
     "io": "load register save",
+    "gated": "GatedMLP",
     "nets": "MLP MaskedMLP ParamsLast ResidualMLP Standardize",
     "objectives": "ForwardKL MaximumLikelihood",
     "supports": "Support above below integer interval lattice positive real",

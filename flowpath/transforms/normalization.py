@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flowpath.nets import Float64Scale
 from flowpath.registry import register
-from flowpath.transform import Transform
+from flowpath.transform import Record, Transform
 
 
 @register("Whiten")
@@ -61,10 +61,32 @@ class Whiten(Float64Scale, Transform):
         std = (w @ centred.square()).sqrt()
         _refuse_constant(std, loc)
         scale = std if self.mode == "diagonal" else _cholesky(centred, w, std)
+        return self.set_to(loc, scale)
+
+    @torch.no_grad()
+    def set_to(self, loc: Tensor, scale: Tensor) -> Whiten:
+        """Take a location `(features,)` and a scale: standard deviations `(features,)`, or the factor L; returns self."""
+        if loc.shape != self.loc.shape or scale.shape != self.scale.shape:
+            raise ValueError(
+                f"Whiten.set_to expects loc {tuple(self.loc.shape)} and scale {tuple(self.scale.shape)}, got "
+                f"{tuple(loc.shape)} and {tuple(scale.shape)}"
+            )
         self.loc.copy_(loc)
         self.scale.copy_(scale)
         self.is_set.fill_(True)
         return self
+
+    def pull_score(self, record: Record, score: Tensor) -> Tensor:
+        """score J^-1 for the constant Jacobian J of the direction."""
+        wide = score.double()
+        if record.direction == "forward":
+            pulled = wide * self.scale if self.mode == "diagonal" else wide @ self.scale
+        elif self.mode == "diagonal":
+            pulled = wide / self.scale
+        else:
+            rows = wide if wide.dim() > 1 else wide.unsqueeze(0)
+            pulled = torch.linalg.solve_triangular(self.scale, rows, upper=False, left=False).reshape(wide.shape)
+        return pulled.to(score.dtype)
 
     def _log_scale(self) -> Tensor:
         return (self.scale if self.mode == "diagonal" else self.scale.diagonal()).log().sum()
