@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from flowpath.draws import Draw, Sobol, draw
     from flowpath.estimators import Enumerate, Estimator, Pathwise, Score, expectation
     from flowpath.flow import Flow
-    from flowpath.gated import GatedMLP
     from flowpath.foreign_bases import ConditionalBase
+    from flowpath.gated import GatedMLP
     from flowpath.interop import from_nflows, from_torch, to_nflows, to_torch
     from flowpath.io import load, save
     from flowpath.nets import MLP, MaskedMLP, ParamsLast, ResidualMLP, Standardize

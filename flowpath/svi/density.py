@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pyro
 import torch
-from opt_einsum import shared_intermediates
+from opt_einsum import shared_intermediates  # type: ignore[import-untyped]
 from pyro import poutine
 from pyro.infer.enum import config_enumerate
 from pyro.ops.contract import contract_to_tensor
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import Distribution, biject_to
+from torch.distributions import biject_to
 from torch.utils import _pytree as pytree
 
-from flowpath.svi.tracing import Traced, trace
+from flowpath.svi.handlers import Block, First, Place, Site, loud, quiet
+from flowpath.svi.tracing import trace
 
 PARTICLES = "_flowpath_particles"
 _AGREE = 1e-6  # relative difference of two ways to the same density that rounding explains, in float64
@@ -31,91 +29,6 @@ _AGREE = 1e-6  # relative difference of two ways to the same density that roundi
 
 class ModelError(ValueError):
     """A model that fit_posterior cannot take; the message says which site and why."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """A continuous latent of the model and its place among the packed unconstrained numbers.
-
-    Attributes:
-        name: the site's.
-        shape: of its value, for one point.
-        free_shape: of its unconstrained value.
-        batch_dims: how many of the leading dims are batch dims.
-        start: first of its numbers in u.
-        plates: names of the plates it stands in.
-    """
-
-    name: str
-    shape: torch.Size
-    free_shape: torch.Size
-    batch_dims: int
-    start: int
-    plates: tuple[str, ...]
-
-    @property
-    def stop(self) -> int:
-        """One past its last number in u."""
-        return self.start + self.free_shape.numel()
-
-
-class _First(Messenger):
-    """Draws each latent from its prior, in the middle of its support where the prior is flat; at least as `dtype`."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["done"] or msg["is_observed"] or msg["value"] is not None or isinstance(msg["fn"], _Subsample):
-            return
-        try:
-            msg["value"] = msg["fn"].sample()
-        except NotImplementedError:
-            msg["value"] = middle(msg["fn"])
-        if msg["value"].is_floating_point():
-            msg["value"] = msg["value"].to(torch.promote_types(msg["value"].dtype, self.dtype))
-        msg["done"] = True
-
-
-def middle(fn: Distribution) -> Tensor:
-    """A point of the support of a distribution that cannot be sampled, such as a flat prior."""
-    transform = biject_to(fn.support)
-    shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
-    return transform(torch.zeros(shape))
-
-
-class _Place(Messenger):
-    """Gives the latents the values of packed points u, `(D,)` or `(P, D)`, and sums the ladj of their supports."""
-
-    def __init__(self, sites: dict[str, Site], u: Tensor, nest: int) -> None:
-        super().__init__()
-        self.sites, self.u, self.nest = sites, u, nest
-        self.ladj = u.new_zeros(u.shape[:-1])
-
-    def _pyro_sample(self, msg: Any) -> None:
-        site = self.sites.get(msg["name"])
-        if site is None:
-            return
-        lead = self.u.shape[:-1]
-        gap = (1,) * (self.nest - site.batch_dims) if lead else ()
-        free = self.u[..., site.start : site.stop].reshape((*lead, *gap, *site.free_shape))
-        transform = biject_to(msg["fn"].support)
-        value = transform(free)
-        self.ladj = self.ladj + transform.log_abs_det_jacobian(free, value).reshape((*lead, -1)).sum(-1)
-        msg["value"], msg["done"] = value, True
-
-
-class _Block(Messenger):
-    """Gives subsampling plates the rows of a block."""
-
-    def __init__(self, rows: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.rows = rows
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.rows and isinstance(msg["fn"], _Subsample):
-            msg["value"], msg["done"] = self.rows[msg["name"]], True
 
 
 class ModelDensity:
@@ -131,18 +44,29 @@ class ModelDensity:
     Args:
         model: the Pyro model.
         args, kwargs: what it is called with.
+        checked: whether the first run validates arguments and observations of the distributions, as Pyro does.
+
+    Attributes:
+        sites: the continuous latents, name -> Site; dim: how many numbers they take unconstrained.
+        dtype, device: of u. asked: the dtype that the user's model has, where `promoted` made this one.
+        mode: "plate", "vmap" or "loop". notes: what is worth telling.
 
     Raises:
         ModelError: no continuous latent, a discrete one that cannot be enumerated, local latents in a subsampling
             plate, latents on more than one device.
     """
 
-    def __init__(self, model: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> None:
-        self.model, self.args, self.kwargs = model, args, kwargs or {}
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        *,
+        checked: bool = False,
+    ) -> None:
+        self.model, self.args, self.kwargs, self._checked = model, args, kwargs or {}, checked
         first = self._first_trace()
-        self.plates = {
-            name: site["fn"] for name, site in first.nodes.items() if isinstance(site.get("fn"), _Subsample)
-        }
+        self.plates = {name: site["fn"] for name, site in first.nodes.items() if isinstance(site.get("fn"), _Subsample)}
         self.subsampled = {
             n: fn for n, fn in self.plates.items() if fn.subsample_size is not None and fn.subsample_size < fn.size
         }
@@ -153,7 +77,7 @@ class ModelDensity:
         self._refuse_local(latents)
         values = [first.nodes[name]["value"] for name in self.sites]
         self.dtype = functools.reduce(torch.promote_types, (v.dtype for v in values))
-        self.device = _one_device(values, self.sites)
+        self.asked, self.device = self.dtype, _one_device(values, self.sites)
         self.dim = max(site.stop for site in self.sites.values())
         self.nest = max([len(s["fn"].batch_shape) for s in first.nodes.values() if _scored(s)] + [_depth(first)])
         self.start = self.pack({name: first.nodes[name]["value"] for name in self.sites}, first)
@@ -162,18 +86,31 @@ class ModelDensity:
         self.notes: list[str] = []
         self._choose_mode()
 
-    def _first_trace(self) -> Trace:
+    def _first_trace(self) -> Any:
         """A run of the model at draws of its prior; a flat prior has no dtype of its own and takes the data's."""
-        floats = [x.dtype for x in pytree.tree_leaves((self.args, self.kwargs)) if _is_float(x)]
+        floats = [
+            x.dtype
+            for x in pytree.tree_leaves((self.args, self.kwargs))
+            if isinstance(x, Tensor) and x.is_floating_point()
+        ]
         wanted = functools.reduce(torch.promote_types, floats, torch.get_default_dtype() if not floats else floats[0])
         try:
             return self._first_run(wanted)
         except RuntimeError:  # a product of two dtypes, as of a flat prior's value and data in a closure
             return self._first_run(torch.float64)
 
-    def _first_run(self, dtype: torch.dtype) -> Trace:
-        with quiet(), poutine.block(), poutine.trace() as tracer, _First(dtype):
-            self.model(*self.args, **self.kwargs)
+    def _first_run(self, dtype: torch.dtype) -> Any:
+        with ExitStack() as stack:
+            stack.enter_context(loud() if self._checked else quiet())
+            stack.enter_context(poutine.block())
+            tracer = stack.enter_context(poutine.trace())
+            stack.enter_context(First(dtype))
+            try:
+                self.model(*self.args, **self.kwargs)
+            except RuntimeError as error:
+                if "device" in str(error):
+                    raise ModelError(_devices(tracer.trace, self.args, self.kwargs, error)) from error
+                raise
         return tracer.trace
 
     # -- one point, many points
@@ -192,7 +129,9 @@ class ModelDensity:
         total = place.ladj
         for site in _scores(trace):
             log_prob = site["log_prob"]
-            total = total + (log_prob.reshape(len(log_prob), -1).sum(-1) if log_prob.dim() == self.nest + 1 else log_prob.sum())
+            total = total + (
+                log_prob.reshape(len(log_prob), -1).sum(-1) if log_prob.dim() == self.nest + 1 else log_prob.sum()
+            )
         return total
 
     def __call__(self, u: Tensor) -> Tensor:
@@ -219,8 +158,8 @@ class ModelDensity:
             self._graph = trace(self.one, [self.start])
         return self._graph
 
-    def _run(self, u: Tensor, *handlers: Messenger) -> tuple[Trace, _Place]:
-        place = _Place(self.sites, u, self.nest)
+    def _run(self, u: Tensor, *handlers: Messenger) -> tuple[Any, Place]:
+        place = Place(self.sites, u, self.nest)
         model = self.model
         if self.discrete:
             dim = -self.nest - (1 if u.dim() == 1 else 2)
@@ -236,8 +175,8 @@ class ModelDensity:
             tracer.trace.compute_log_prob()
         return tracer.trace, place
 
-    def _summed_out(self, trace: Trace, keep: str | None) -> Tensor:
-        """The trace's log density with enumerated sites summed out, a number a particle where `keep` names the plate."""
+    def _summed_out(self, trace: Any, keep: str | None) -> Tensor:
+        """The log density with enumerated sites summed out, a number for each row of the plate `keep`, if any."""
         trace.pack_tensors()
         plates = set(trace.plate_to_symbol.values())
         terms: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
@@ -258,7 +197,9 @@ class ModelDensity:
             return {name: torch.stack([f[name] for f in found]) for name in self.sites}
         trace, _ = self._run(u)
         return {
-            n: trace.nodes[n]["value"].expand(-1, *(1,) * (self.nest - s.batch_dims), *s.shape).reshape(len(u), *s.shape)
+            n: trace.nodes[n]["value"]
+            .expand(-1, *(1,) * (self.nest - s.batch_dims), *s.shape)
+            .reshape(len(u), *s.shape)
             for n, s in self.sites.items()
         }
 
@@ -266,7 +207,7 @@ class ModelDensity:
         trace, _ = self._run(u)
         return {name: trace.nodes[name]["value"] for name in self.sites}
 
-    def pack(self, values: dict[str, Tensor], trace: Trace | None = None) -> Tensor:
+    def pack(self, values: dict[str, Tensor], trace: Any = None) -> Tensor:
         """The point u `(D,)` at which the latents have these values."""
         if trace is None:
             with quiet(), poutine.block(), poutine.trace() as tracer, poutine.condition(data=values):
@@ -274,6 +215,14 @@ class ModelDensity:
             trace = tracer.trace
         parts = [biject_to(trace.nodes[n]["fn"].support).inv(values[n]).flatten() for n in self.sites]
         return torch.cat([p.to(self.dtype) for p in parts]).detach()
+
+    def log_prob_of_values(self, values: dict[str, Tensor], log_q: Callable[[Tensor], Tensor]) -> Tensor:
+        """The density of values of all latents, from that of u: log q(u) - log |det dx / du|, a scalar."""
+        missing = [n for n in self.sites if n not in values]
+        if missing:
+            raise ValueError(f"log_prob expects a value for every latent; {', '.join(missing)} lack one")
+        u = self.pack(values)
+        return log_q(u) - self._run(u)[1].ladj
 
     # -- subsampling plates
 
@@ -288,7 +237,9 @@ class ModelDensity:
         if len(self.subsampled) > 1:
             raise ModelError(f"several plates subsample ({', '.join(self.subsampled)})")
         (name, fn), *_ = self.subsampled.items()
-        blocks = [torch.arange(s, s + fn.subsample_size, device=self.device) for s in range(0, fn.size, fn.subsample_size)]
+        blocks = [
+            torch.arange(s, s + fn.subsample_size, device=self.device) for s in range(0, fn.size, fn.subsample_size)
+        ]
         blocks[-1] = blocks[-1] - max(int(blocks[-1][-1]) + 1 - fn.size, 0)
         probe = self.start.unsqueeze(0)
         with torch.no_grad():
@@ -315,7 +266,7 @@ class ModelDensity:
         return self._block_of(u, name, rows, fresh, first)
 
     def _block_of(self, u: Tensor, name: str, rows: Tensor, fresh: Tensor | None, first: bool) -> Tensor:
-        trace, place = self._run(u, _Block({name: rows}))
+        trace, place = self._run(u, Block({name: rows}))
         lead = u.shape[:-1]
         total = place.ladj if first else torch.zeros_like(place.ladj)
         for site in _scores(trace):
@@ -370,58 +321,20 @@ class ModelDensity:
             local = [f.name for f in site["cond_indep_stack"] if f.name in self.subsampled]
             if local:
                 raise ModelError(
-                    f"latent site {site['name']!r} lies in plate {local[0]!r}, which subsamples: its numbers would belong "
-                    "to places in the minibatch, not to rows; use fp.svi.AmortizedFlow, or all rows at once"
+                    f"latent site {site['name']!r} lies in plate {local[0]!r}, which subsamples: its numbers would "
+                    "belong to places in the minibatch, not to rows; use fp.svi.AmortizedFlow, or all rows at once"
                 )
 
 
-def promoted(density: ModelDensity) -> ModelDensity:
-    """The same density in float64, where the model runs and agrees with itself there; else the density itself."""
-    if density.dtype == torch.float64:
-        return density
-    args, kwargs = pytree.tree_map(_double, (density.args, density.kwargs))
-    try:
-        with _doubles():
-            wide = ModelDensity(density.model, args, kwargs)
-            u = density.start.double()
-            same = wide.dtype == torch.float64 and wide.dim == density.dim
-            close = torch.isclose(wide(u[None]), density(density.start[None]).double(), rtol=1e-3, atol=1e-3)
-            return wide if same and bool(close.all()) else density
-    except Exception:  # a model with float32 tensors of its own may raise anything
-        return density
-
-
-def _is_float(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
-
-
-def _double(x: Any) -> Any:
-    return x.double() if _is_float(x) else x
-
-
-@contextmanager
-def _doubles() -> Iterator[None]:
-    """New tensors in float64, put back afterwards."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without validation of distributions, which tracing cannot follow, and without the warnings of Pyro's checks."""
-    torch_before, pyro_before = Distribution._validate_args, pyro.settings.get("validate_distributions_pyro")
-    with warnings.catch_warnings(), pyro.validation_enabled(False):
-        warnings.simplefilter("ignore")
-        Distribution.set_default_validate_args(False)
-        try:
-            yield
-        finally:
-            Distribution.set_default_validate_args(torch_before)
-            pyro.settings.set(validate_distributions_pyro=pyro_before)
+def _devices(trace: Any, args: Any, kwargs: Any, error: RuntimeError) -> str:
+    """Which tensors are where, for a model that mixes devices."""
+    found = {n: s["value"].device for n, s in trace.nodes.items() if isinstance(s.get("value"), Tensor)}
+    given = [str(x.device) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    last = next(reversed(found), "the start")
+    return (
+        f"the model mixes devices after site {last!r}: its sites are on { {n: str(d) for n, d in found.items()} }, its "
+        f"arguments on {given}; put data, constants and priors' parameters on one device ({error})"
+    )
 
 
 def _given(site: Any) -> bool:
@@ -432,11 +345,11 @@ def _scored(site: Any) -> bool:
     return site["type"] == "sample" and not isinstance(site["fn"], _Subsample)
 
 
-def _scores(trace: Trace) -> list[Any]:
+def _scores(trace: Any) -> list[Any]:
     return [site for site in trace.nodes.values() if _scored(site)]
 
 
-def _depth(trace: Trace) -> int:
+def _depth(trace: Any) -> int:
     """How many dims the model's plates take."""
     dims = [f.dim for s in trace.nodes.values() if s["type"] == "sample" for f in s["cond_indep_stack"] if f.vectorized]
     return -min(dims, default=0)

@@ -11,7 +11,7 @@ from torch import nn
 from flowpath.bases import StandardNormal
 from flowpath.flow import Flow
 from flowpath.gated import GatedMLP
-from flowpath.svi.density import Site
+from flowpath.svi.handlers import Site
 from flowpath.svi.locating import Gaussian
 from flowpath.transform import Chain, Transform
 from flowpath.transforms.coupling import Coupling
@@ -22,7 +22,9 @@ from flowpath.transforms.normalization import Whiten
 _LARGE_SITE = 50  # numbers from which on a site counts as one of many local latents
 
 
-def posterior_flow(gaussian: Gaussian, sites: Sequence[Site], *, transforms: int = 8, hidden_features: int = 48) -> Flow:
+def posterior_flow(
+    gaussian: Gaussian, sites: Sequence[Site], *, transforms: int = 8, hidden_features: int = 48
+) -> Flow:
     """The Gaussian as a flow, with room to become the posterior.
 
     From the data to the noise: the Gaussian's location and scale, fixed; a trainable affine layer (full rank where the
@@ -53,7 +55,7 @@ def posterior_flow(gaussian: Gaussian, sites: Sequence[Site], *, transforms: int
 
 def widen(flow: Flow, scale: float) -> None:
     """Make the noise of a `posterior_flow` wider by a factor: heavier tails for the price of a little ELBO."""
-    width: Elementwise = flow.transform.transforms[-1]  # type: ignore[union-attr,index,assignment]
+    width: Elementwise = flow.transform.transforms[-1]  # type: ignore[index,assignment]
     with torch.no_grad():
         width.params[0].fill_(math.atanh(-math.log(scale)))
 

@@ -60,7 +60,9 @@ def locate(log_density: LogDensity, starts: Tensor, *, max_steps: int = 100) -> 
     with torch.no_grad():
         finite = torch.isfinite(log_density(starts))
     if not bool(finite.any()):
-        raise ValueError(f"log p is not finite at any of {len(starts)} starting points; pass init= with a point where it is")
+        raise ValueError(
+            f"log p is not finite at any of {len(starts)} starting points; pass init= with a point where it is"
+        )
     best: Gaussian | None = None
     climb = _newton if dim <= _DENSE else _quasi_newton
     for start in starts[finite]:

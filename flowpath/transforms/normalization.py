@@ -65,7 +65,7 @@ class Whiten(Float64Scale, Transform):
 
     @torch.no_grad()
     def set_to(self, loc: Tensor, scale: Tensor) -> Whiten:
-        """Take a location `(features,)` and a scale: standard deviations `(features,)`, or the factor L; returns self."""
+        """Take a location and a scale, standard deviations `(features,)` or with "full" the factor L; returns self."""
         if loc.shape != self.loc.shape or scale.shape != self.scale.shape:
             raise ValueError(
                 f"Whiten.set_to expects loc {tuple(self.loc.shape)} and scale {tuple(self.scale.shape)}, got "

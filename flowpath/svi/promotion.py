@@ -1,0 +1,45 @@
+"""The same density in float64, where a model allows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from flowpath.svi.density import ModelDensity
+
+
+def promoted(density: ModelDensity) -> ModelDensity:
+    """The same density in float64, where the model runs and agrees with itself there; else the density itself."""
+    if density.dtype == torch.float64:
+        return density
+    args, kwargs = pytree.tree_map(_double, (density.args, density.kwargs))
+    try:
+        with _doubles():
+            wide = ModelDensity(density.model, args, kwargs)
+            wide.asked = density.dtype
+            u = density.start.double()
+            same = wide.dtype == torch.float64 and wide.dim == density.dim
+            close = torch.isclose(wide(u[None]), density(density.start[None]).double(), rtol=1e-3, atol=1e-3)
+            return wide if same and bool(close.all()) else density
+    except Exception:  # a model with float32 tensors of its own may raise anything
+        return density
+
+
+def _double(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+@contextmanager
+def _doubles() -> Iterator[None]:
+    """New tensors in float64, put back afterwards."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
