@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from flowpath.foreign_bases import ConditionalBase
     from flowpath.interop import from_nflows, from_torch, to_nflows, to_torch
     from flowpath.io import load, save
-    from flowpath.nets import MLP, MaskedMLP, ParamsLast, ResidualMLP, Standardize
+    from flowpath.nets import MLP, MaskedMLP, ParamsLast, ResidualMLP
     from flowpath.objectives import ForwardKL, MaximumLikelihood
     from flowpath.registry import register
+    from flowpath.standardize import Standardize
     from flowpath.supports import Support, above, below, integer, interval, lattice, positive, real
     from flowpath.tables import infer_supports
     from flowpath.training import FitResult, State, TargetResult, fit, fit_target, log_prob
@@ -158,8 +159,9 @@ _GIVES = {
     "foreign_bases": "ConditionalBase",
     "interop": "from_nflows from_torch to_nflows to_torch",
     "io": "load register save",
-    "nets": "MLP MaskedMLP ParamsLast ResidualMLP Standardize",
+    "nets": "MLP MaskedMLP ParamsLast ResidualMLP",
     "objectives": "ForwardKL MaximumLikelihood",
+    "standardize": "Standardize",
     "supports": "Support above below integer interval lattice positive real",
     "tables": "infer_supports",
     "training": "FitResult State TargetResult fit fit_target log_prob",

@@ -23,7 +23,7 @@ LAYERS = [
     {"registry", "_pyro"},
     {"checks"},
     {"transform"},
-    {"transforms", "nets", "bases", "foreign_bases"},
+    {"transforms", "nets", "standardize", "bases", "foreign_bases"},
     {"distribution", "flow"},
     {"architectures", "draws", "interop"},
     {"estimators"},
