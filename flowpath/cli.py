@@ -37,6 +37,9 @@ _FLAGS = {
 }
 
 
+Commands = argparse._SubParsersAction  # of a Parser each
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM: the signal's number, and what to tell the user."""
 
@@ -77,26 +80,38 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _add_fit(commands: argparse._SubParsersAction[Parser]) -> None:
+def _command(
+    commands: Commands, name: str, act: Callable[[argparse.Namespace], None], title: str, *texts: str, example: str = ""
+) -> Parser:
+    """A subcommand: its line in the list of commands, what it does, and perhaps more to know and an example."""
+    description, *more = map(_text, texts)
     p = commands.add_parser(
-        "fit",
-        help="fit a flow to a table",
+        name,
+        help=title,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=_text(
-            """
-            Fit a flow to the columns of a table (.csv, .csv.gz, .parquet or .npy) and judge it on rows it did not
-            see. The columns are printed first. --out then holds the fitted estimator, its history, the rows held out
-            and report.html.
-            """
-        ),
-        epilog=_text(
-            """
-            Ctrl-C and SIGTERM leave the best weights so far and a checkpoint; the same command with --resume goes on.
-            A supports file has a line a column, such as: z = "positive", n_det = "integer(0)", p = "interval(0, 1)";
-            the words are real, positive, interval(a, b), above(a), below(b), integer(lo, hi), lattice(step, offset).
-            """
-        )
-        + "\n\nexample:\n  flowpath fit stars.parquet --columns mag,colour --context z --test 0.1 --out run",
+        description=description,
+        epilog="\n\n".join([*more, *([f"example:\n  {example}"] if example else [])]),
+    )
+    p.set_defaults(act=act)
+    return p
+
+
+def _add_fit(commands: Commands) -> None:
+    p = _command(
+        commands,
+        "fit",
+        _of_tables("fit"),
+        "fit a flow to a table",
+        """
+        Fit a flow to the columns of a table (.csv, .csv.gz, .parquet or .npy) and judge it on rows it did not see. The
+        columns are printed first. Then --out holds the fitted estimator, its history, held-out rows and report.html.
+        """,
+        """
+        Ctrl-C and SIGTERM leave the best weights so far and a checkpoint; the same command with --resume goes on. A
+        supports file has a line a column, such as: z = "positive", n_det = "integer(0)", p = "interval(0, 1)"; the
+        words are real, positive, interval(a, b), above(a), below(b), integer(lo, hi), lattice(step, offset).
+        """,
+        example="flowpath fit stars.parquet --columns mag,colour --context z --test 0.1 --out run",
     )
     p.add_argument("table", metavar="TABLE", help="file to read")
     p.add_argument("--out", required=True, metavar="DIR", help="run folder to make")
@@ -109,7 +124,9 @@ def _add_fit(commands: argparse._SubParsersAction[Parser]) -> None:
     rows.add_argument(
         "--at-bound", choices=("error", "nudge"), default="error", help="values on an open bound (default: error)"
     )
-    rows.add_argument("--validation", type=_share, default=0.1, metavar="SHARE", help="of rows that choose the weights")
+    rows.add_argument(
+        "--validation", type=_share, default=0.1, metavar="SHARE", help="of rows that choose the weights (default: 0.1)"
+    )
     rows.add_argument("--test", type=_share, metavar="SHARE", help="of rows scored once, at the end (default: none)")
     how = p.add_argument_group("training")
     how.add_argument(
@@ -119,15 +136,16 @@ def _add_fit(commands: argparse._SubParsersAction[Parser]) -> None:
     how.add_argument("--time-limit", type=_seconds, metavar="S", help="at most so many seconds of training")
     how.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     _add_common(p, device="auto")
-    p.set_defaults(act=_of_tables("fit"))
 
 
-def _add_sample(commands: argparse._SubParsersAction[Parser]) -> None:
-    p = commands.add_parser(
+def _add_sample(commands: Commands) -> None:
+    p = _command(
+        commands,
         "sample",
-        help="draw rows",
-        description="Draw rows from a run into a new table, in the columns and units of the fit.",
-        epilog="example: flowpath sample run -n 100000 --given z=0.5 --out mock.parquet",
+        _of_tables("sample"),
+        "draw rows",
+        "Draw rows from a run into a new table, in the columns and units of the fit.",
+        example="flowpath sample run -n 100000 --given z=0.5 --out mock.parquet",
     )
     _add_run(p)
     p.add_argument("-n", type=_count, metavar="N", help="how many rows (default: 1000, or one a row of --given FILE)")
@@ -140,21 +158,20 @@ def _add_sample(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     p.add_argument("--out", required=True, metavar="FILE", help="table to write: .csv, .csv.gz, .parquet or .npy")
     _add_common(p)
-    p.set_defaults(act=_of_tables("sample"))
 
 
-def _add_score(commands: argparse._SubParsersAction[Parser]) -> None:
-    p = commands.add_parser(
+def _add_score(commands: Commands) -> None:
+    p = _command(
+        commands,
         "score",
-        help="score rows",
-        description=_text(
-            """
-            Write the log density of each row of a table, in its order: nats, in the units of the columns, times
-            probability mass for integers and lattices. Rows outside the supports score -inf, rows that miss a value NaN
-            (with --missing drop).
-            """
-        ),
-        epilog="example: flowpath score run new.csv --id object --out scores.csv",
+        _of_tables("score"),
+        "score rows",
+        """
+        Write the log density of each row of a table, in its order: nats, in the units of the columns, times probability
+        mass for integers and lattices. Rows outside the supports score -inf, rows that miss a value NaN (with --missing
+        drop).
+        """,
+        example="flowpath score run new.csv --id object --out scores.csv",
     )
     _add_run(p)
     p.add_argument("table", metavar="TABLE", help="file to read")
@@ -162,22 +179,22 @@ def _add_score(commands: argparse._SubParsersAction[Parser]) -> None:
     _add_missing(p, None)
     p.add_argument("--out", required=True, metavar="FILE", help="table to write: .csv, .csv.gz, .parquet or .npy")
     _add_common(p)
-    p.set_defaults(act=_of_tables("score"))
 
 
-def _add_check(commands: argparse._SubParsersAction[Parser]) -> None:
-    p = commands.add_parser(
+def _add_check(commands: Commands) -> None:
+    p = _command(
+        commands,
         "check",
-        help="judge a fit",
-        description="Say whether a run is sound and any good, on a table or on the rows held out; write report.html.",
-        epilog="example: flowpath check run new.csv --out verdict",
+        _of_tables("check_run"),
+        "judge a fit",
+        "Say whether a run is sound and any good, on a table or on the rows held out; write report.html.",
+        example="flowpath check run new.csv --out verdict",
     )
     _add_run(p)
     p.add_argument("table", nargs="?", metavar="TABLE", help="rows the fit did not see (default: those it held out)")
     _add_missing(p, None)
     p.add_argument("--out", metavar="DIR", help="folder to make (default: check, check-2, ... in the run)")
     _add_common(p)
-    p.set_defaults(act=_of_tables("check_run"))
 
 
 def _add_run(p: Parser) -> None:
@@ -236,44 +253,49 @@ def _of_tables(name: str) -> Callable[[argparse.Namespace], None]:
     return act
 
 
-def _add_demo(commands: argparse._SubParsersAction[Parser]) -> None:
-    p = commands.add_parser(
+def _add_demo(commands: Commands) -> None:
+    p = _command(
+        commands,
         "demo",
-        help="fit two flows and show how they compare",
-        description=(
-            "Fit a spline flow to draws of a known density and to a real table that ships with scikit-learn. "
-            "Compare it, on rows the fit never saw, with a full Gaussian and a Gaussian mixture. "
-            "Takes up to three minutes on two cores."
-        ),
+        _demo,
+        "fit two flows and show how they compare",
+        """
+        Fit a spline flow to draws of a known density and to a real table that ships with scikit-learn. Compare it, on
+        rows the fit never saw, with a full Gaussian and a Gaussian mixture. Takes up to four minutes on two cores.
+        """,
+        "--out then holds a run, as flowpath fit leaves one, which flowpath sample, score and check take.",
     )
     p.add_argument(
         "--out",
         type=Path,
         default=Path("runs/demo"),
         metavar="DIR",
-        help="folder for flow.safetensors, samples.csv, history.csv and the figures (default: %(default)s)",
+        help="folder for flow, samples.csv, scores.csv, report.html and the figures (default: %(default)s)",
     )
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="seed of data, fit and samples (default: 0)")
+    p.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of data, fit and samples (default: 0)")
     p.add_argument("--quick", action="store_true", help="a few seconds of training: shows the steps, proves nothing")
-    p.set_defaults(act=_demo)
+    p.add_argument("--force", action="store_true", help="replace what is there")
 
 
-def _add_doctor(commands: argparse._SubParsersAction[Parser]) -> None:
-    p = commands.add_parser(
+def _add_doctor(commands: Commands) -> None:
+    _command(
+        commands,
         "doctor",
-        help="report versions, devices, threads, compiler and extras",
-        description="Report what flowpath finds on this machine. Paste it into a bug report.",
+        _doctor,
+        "report versions, devices, threads, compiler and extras",
+        "Report what flowpath finds on this machine. Paste it into a bug report.",
     )
-    p.set_defaults(act=_doctor)
 
 
 def _demo(args: argparse.Namespace) -> None:
     from flowpath import demo
 
+    if args.out.is_dir() and any(args.out.iterdir()) and not args.force:
+        raise FileExistsError(f"--out {args.out} holds files already: pass --force to replace them, or another --out")
     demo.main(args.out, seed=args.seed, quick=args.quick)
 
 
-def _doctor(args: argparse.Namespace) -> None:
+def _doctor(_: argparse.Namespace) -> None:
     from flowpath import doctor
 
     print(doctor.report())

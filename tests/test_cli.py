@@ -101,7 +101,10 @@ def test_interrupt(raising, capsys: pytest.CaptureFixture[str]) -> None:
     assert errors(capsys) == ["flowpath: interrupted"]
 
 
-def test_demo_gets_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_gets_its_flags_and_replaces_nothing_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     calls = []
     fake = types.ModuleType("flowpath.demo")
     fake.main = lambda out, *, seed, quick: calls.append((out, seed, quick))
@@ -110,6 +113,14 @@ def test_demo_gets_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["demo"]) == 0
     assert cli.main(["demo", "--out", "here", "--seed", "3", "--quick"]) == 0
     assert calls == [(Path("runs/demo"), 0, False), (Path("here"), 3, True)]
+    Path("here").mkdir()
+    Path("here/flow.safetensors").touch()
+    assert cli.main(["demo", "--out", "here"]) == 2
+    assert errors(capsys) == [
+        "flowpath: --out here holds files already: pass --force to replace them, or another --out"
+    ]
+    assert cli.main(["demo", "--out", "here", "--force"]) == 0
+    assert len(calls) == 3
 
 
 def test_doctor_prints_the_report(capsys: pytest.CaptureFixture[str]) -> None:
