@@ -47,7 +47,7 @@ h1 { font-size: 1.4rem; margin: .5rem 0; } h2 { font-size: 1.1rem; margin: 2rem 
 .figures { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: flex-start; }
 figure { margin: .5rem 0; max-width: 100%; }
 img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: .2rem; }
-.text { min-width: 16rem; }
+.text { min-width: min(16rem, 45vw); }
 @media (max-width: 40rem) { img.wide { max-width: none; width: 40rem; } }
 figcaption { color: var(--soft); font-size: .9rem; margin-bottom: .3rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }

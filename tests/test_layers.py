@@ -34,7 +34,7 @@ LAYERS = [
     {"density", "svi"},
 ]
 # Nothing of the library imports a leaf.
-LEAVES = {"plot", "report", "testing", "doctor", "demo", "commands", "runs", "cli", "__main__"}
+LEAVES = {"plot", "report", "testing", "doctor", "demo", "commands", "runs", "cli", "grammar", "__main__"}
 
 HEAVY = [
     "nflows",
