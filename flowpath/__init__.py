@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flowpath import tables, testing
+    from flowpath import plot, tables, testing
     from flowpath.architectures import gaussian, iaf, maf, nsf, nsf_autoregressive, realnvp
     from flowpath.bases import Base, BoxUniform, DiagonalNormal, NormalMixture, StandardNormal, StudentT
     from flowpath.density import FlowDensity
@@ -134,6 +134,7 @@ __all__ = [
     "maf",
     "nsf",
     "nsf_autoregressive",
+    "plot",
     "positive",
     "psis",
     "real",
