@@ -40,7 +40,7 @@ help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^The environment/q'
 
 demo: $(CORE)
-	$(PY) -m flowpath demo
+	$(PY) -m flowpath demo --force
 
 # The tests come last, so that the closing line says how many ran.
 test: lint types smoke unit

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flowpath import svi, tables, testing
+    from flowpath import plot, svi, tables, testing
     from flowpath.architectures import gaussian, iaf, maf, nsf, nsf_autoregressive, realnvp
     from flowpath.bases import Base, BoxUniform, DiagonalNormal, NormalMixture, StandardNormal, StudentT
     from flowpath.density import FlowDensity
@@ -31,9 +31,10 @@ if TYPE_CHECKING:
     from flowpath.gated import GatedMLP
     from flowpath.interop import from_nflows, from_torch, to_nflows, to_torch
     from flowpath.io import load, save
-    from flowpath.nets import MLP, MaskedMLP, ParamsLast, ResidualMLP, Standardize
+    from flowpath.nets import MLP, MaskedMLP, ParamsLast, ResidualMLP
     from flowpath.objectives import ForwardKL, MaximumLikelihood
     from flowpath.registry import register
+    from flowpath.standardize import Standardize
     from flowpath.supports import Support, above, below, integer, interval, lattice, positive, real
     from flowpath.tables import infer_supports
     from flowpath.training import FitResult, State, TargetResult, fit, fit_target, log_prob
@@ -135,6 +136,7 @@ __all__ = [
     "maf",
     "nsf",
     "nsf_autoregressive",
+    "plot",
     "positive",
     "psis",
     "real",
@@ -162,8 +164,9 @@ _GIVES = {
     "interop": "from_nflows from_torch to_nflows to_torch",
     "io": "load register save",
     "gated": "GatedMLP",
-    "nets": "MLP MaskedMLP ParamsLast ResidualMLP Standardize",
+    "nets": "MLP MaskedMLP ParamsLast ResidualMLP",
     "objectives": "ForwardKL MaximumLikelihood",
+    "standardize": "Standardize",
     "supports": "Support above below integer interval lattice positive real",
     "tables": "infer_supports",
     "training": "FitResult State TargetResult fit fit_target log_prob",

@@ -1,31 +1,19 @@
-"""What `flowpath fit | sample | score | check` do: tables in, a run folder, tables and a report out.
-
-A run folder holds flow.safetensors and table.json (the estimator), history.csv and fit.json (how it came about),
-held_out.parquet (rows the weights were not fitted to), run.json (what was asked), checkpoint.safetensors, report.html
-and its figures.
-"""
+"""What `flowpath fit | sample | score | check` do: tables in, a run folder, tables and a report out."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import signal
-import threading
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from flowpath import report, tables
+from flowpath import report, runs, tables
 from flowpath.cli import Interrupted
 from flowpath.density import FlowDensity
 from flowpath.scope import leads
@@ -35,10 +23,7 @@ from flowpath.training.rows import plural
 if TYPE_CHECKING:
     import polars as pl
 
-    from flowpath.training.loop import State
 
-_FLOW, _CHECKPOINT, _HELD, _NOTE = "flow.safetensors", "checkpoint.safetensors", "held_out.parquet", "run.json"
-_MADE = (_FLOW, _CHECKPOINT, _HELD, _NOTE, "table.json", "history.csv", "fit.json", *report.FILES)
 _SAME = ("columns", "context", "weights", "arch", "seed", "validation", "test", "missing", "at_bound")  # to resume
 _ROWS = 1000
 
@@ -46,8 +31,8 @@ _ROWS = 1000
 def fit(args: Namespace) -> None:
     """Fit a table and leave a run folder; the column table is printed first."""
     run = Path(args.out)
-    _check_run(run, args)
-    _device(args.device)
+    runs.check_free(run, args)
+    runs.usable_device(args.device)
     table = tables.read(args.table)
     names, context, weight = _roles(args, table)
     frame = tables.pick(table, names, "fit")
@@ -68,15 +53,15 @@ def fit(args: Namespace) -> None:
     )
     given = tables.pick(table, context, "fit") if context else None
     weights = None if weight is None else _weights(table, weight)
-    watch = _Watch(run, {**{name: getattr(args, name) for name in _SAME}, "supports": _words(model.supports)})
+    watch = runs.Watch(run, {**{name: getattr(args, name) for name in _SAME}, "supports": _words(model.supports)})
     resume = run if args.resume else None
     model.fit_options = {"checkpoint": run, "resume": resume, "progress": "auto", "callbacks": watch}
     if resume is not None:
-        _check_resumed(run, watch.asked)
+        runs.check_resumed(run, watch.asked)
     elif args.force and leads():
-        (run / _CHECKPOINT).unlink(missing_ok=True)
+        (run / runs.CHECKPOINT).unlink(missing_ok=True)
     with watch.listening():
-        with _same_rows(run):
+        with runs.same_rows(run):
             model.fit(frame, sample_weight=weights, context=given)
         if not leads():  # rank 0 writes
             return
@@ -84,9 +69,9 @@ def fit(args: Namespace) -> None:
         model.save(run)
         held, rows = _held_out(model, table[[*names, *context, *([weight] if weight else [])]])
         watch.note(held_out=held)
-        (run / _HELD).unlink(missing_ok=True)
+        (run / runs.HELD).unlink(missing_ok=True)
         if held != "train":
-            tables.write(rows, run / _HELD)
+            tables.write(rows, run / runs.HELD)
     if model.result_.stop_reason == "interrupted":
         raise Interrupted(watch.number, _how_to_resume(args, model))
     print(_summary(model), flush=True)
@@ -95,8 +80,8 @@ def fit(args: Namespace) -> None:
 
 def sample(args: Namespace) -> None:
     """Draw rows from a run into a table."""
-    model = _load(args.run, args.device)
-    out = _free_file(args.out, args.force)
+    model = runs.load(args.run, args.device)
+    out = runs.free_file(args.out, args.force)
     given = _given(args.given or [], model)
     each = 1 if given is None or isinstance(given, dict) else len(given)
     count = args.n or (each if each > 1 else _ROWS)
@@ -110,8 +95,8 @@ def score(args: Namespace) -> None:
     """Score each row of a table, in its order."""
     import polars as pl
 
-    model = _load(args.run, args.device)
-    out = _free_file(args.out, args.force)
+    model = runs.load(args.run, args.device)
+    out = runs.free_file(args.out, args.force)
     model.missing = args.missing or model.missing
     table = tables.read(args.table)
     ids = tables.pick(table, [args.id], "--id") if args.id else pl.DataFrame({"row": np.arange(len(table))})
@@ -131,12 +116,12 @@ def score(args: Namespace) -> None:
 
 def check_run(args: Namespace) -> None:
     """Judge a run on a table, or on the rows it held out, and write its report."""
-    model, run = _load(args.run, args.device), _folder(args.run)
-    out = _free_folder(run, args.out, args.force)
-    note = _noted(run)
-    if args.table is None and not (run / _HELD).exists():
+    model, run = runs.load(args.run, args.device), runs.folder_of(args.run)
+    out = runs.free_folder(run, args.out, args.force)
+    note = runs.noted(run)
+    if args.table is None and not (run / runs.HELD).exists():
         raise FileNotFoundError(f"check: {run} held no rows out; name a table that the fit did not see")
-    rows = tables.read(args.table or run / _HELD)
+    rows = tables.read(args.table or run / runs.HELD)
     frame, context = _known(model, rows, "check")
     print(tables.describe(frame, list(model.supports_)), flush=True)
     rows = _complete(rows, frame, context, args.missing or model.missing)
@@ -146,101 +131,15 @@ def check_run(args: Namespace) -> None:
     _judge(model, rows, weight, "given" if args.table else note.get("held_out", "test"), out, args)
 
 
-class _Watch:
-    """Looks on while a fit runs: what was asked is noted once it trains, and a SIGTERM may not cost what it found.
-
-    Args:
-        run: the run folder.
-        asked: settings that a resumed fit must share.
-    """
-
-    def __init__(self, run: Path, asked: Mapping[str, Any]) -> None:
-        self.run, self.asked, self.number = run, dict(asked), int(signal.SIGINT)
-        self._state: State | None = None
-
-    def __call__(self, state: State) -> None:
-        if self._state is None:
-            self._state = state
-            self.note()
-
-    def note(self, **more: Any) -> None:
-        """Write run.json."""
-        text = json.dumps({"asked": self.asked, **more}, indent=2) + "\n"
-        (self.run / _NOTE).write_text(text, encoding="utf-8")
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """SIGTERM is noted where training has ended because of it, and ends the command anywhere else."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGTERM, self._terminated)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
-
-    def _terminated(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        if self._state is None or self._state.stop_reason != "interrupted":
-            raise Interrupted(number)
-
-
 def _judge(model: FlowDensity, rows: pl.DataFrame, weight: str | None, held: str, out: Path, args: Namespace) -> None:
     """Print the verdict on rows, and leave it with its figures in a folder."""
     frame, context = _known(model, rows, "check")
     weights = _weights(rows, weight) if weight in rows.columns else None
     judged = report.judge(model, frame, context, weights, held=held, seed=args.seed)
     print(judged.report)
-    run = _folder(args.run).resolve().name if "run" in args else out.resolve().name
-    path = judged.write(out, f"{run}: {Path(args.table or _HELD).name}")
+    run = runs.folder_of(args.run).resolve().name if "run" in args else out.resolve().name
+    path = judged.write(out, f"{run}: {Path(args.table or runs.HELD).name}")
     print(f"report: {path}")
-
-
-def _check_run(run: Path, args: Namespace) -> None:
-    """The run folder is free, or may be replaced or gone on with."""
-    if args.resume and args.force:
-        raise ValueError("--resume goes on with what is there, --force starts anew: choose one of them")
-    if run.exists() and not run.is_dir():
-        raise NotADirectoryError(f"--out {run} is a file; a run is a folder")
-    there = [name for name in _MADE if (run / name).exists()]
-    if args.resume and _CHECKPOINT not in there:
-        raise FileNotFoundError(f"--resume: there is no checkpoint in {run}; leave --resume out to begin anew")
-    if there and not (args.resume or args.force):
-        held = "a run" if _FLOW in there else "an unfinished run" if _CHECKPOINT in there else there[0]
-        resume = "--resume to go on with it, " if _CHECKPOINT in there else ""
-        raise FileExistsError(f"--out {run} holds {held} already: pass --force to replace it, {resume}or another --out")
-    _check_place(run)
-
-
-def _check_resumed(run: Path, asked: Mapping[str, Any]) -> None:
-    """What was asked is what the checkpoint's fit was asked, or an error that says what differs."""
-    then = _noted(run).get("asked", {})
-    for name, now in asked.items():
-        if name in then and then[name] != now:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(
-                f"--resume: {flag} was {_shown(then[name])} and is now {_shown(now)}; give the command as it was, or "
-                "start anew with --force"
-            )
-
-
-@contextmanager
-def _same_rows(run: Path) -> Iterator[None]:
-    """A checkpoint of other rows, told without its checksums."""
-    try:
-        yield
-    except ValueError as error:
-        if "fingerprint" not in str(error):
-            raise
-        raise ValueError(
-            f"--resume: the checkpoint in {run} is of a fit to other rows; give it the same table, or start anew with "
-            "--force"
-        ) from None
-
-
-def _shown(value: Any) -> str:
-    return "not given" if value is None else str(value)
 
 
 def _roles(args: Namespace, table: pl.DataFrame) -> tuple[list[str], list[str], str | None]:
@@ -367,96 +266,3 @@ def _number(word: str) -> float | None:
     except ValueError:
         return None
     return value if np.isfinite(value) else None
-
-
-def _device(word: str) -> str:
-    """A device that torch can use; "auto" is a GPU where there is one.
-
-    Raises:
-        ValueError: there is no such device.
-    """
-    if word == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(word)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).partition("\n")[0].partition(". ")[0]
-        why = "known are cpu, cuda, cuda:1, ... and auto" if why.startswith("Expected one of") else why
-        raise ValueError(f"--device {word}: torch cannot use it here ({why})") from None
-    if device.type == "meta":
-        raise ValueError("--device meta: holds no numbers; use cpu, cuda or auto")
-    return word
-
-
-def _folder(run: str) -> Path:
-    path = Path(run)
-    return path.parent if path.name == _FLOW else path
-
-
-def _load(run: str, device: str) -> FlowDensity:
-    """The estimator of a run, its flow on the device."""
-    folder, device = _folder(run), _device(device)
-    if not (folder / _FLOW).is_file():
-        there = folder.parent.iterdir() if folder.parent.is_dir() else ()
-        like = get_close_matches(folder.name, [p.name for p in there if (p / _FLOW).is_file()], 1)
-        hint = f"did you mean {like[0]!r}?" if like else "make one with flowpath fit"
-        if (folder / _CHECKPOINT).is_file():
-            hint = "it holds the checkpoint of an unfinished fit: go on with flowpath fit ... --resume"
-        raise FileNotFoundError(f"{folder} is no run: there is no {_FLOW} in it; {hint}")
-    try:
-        model = FlowDensity.load(folder)
-    except KeyError as error:
-        raise ValueError(f"{folder / _FLOW} is damaged: its description has no {error}") from None
-    model.flow_.to(device)
-    return model
-
-
-def _noted(run: Path) -> dict[str, Any]:
-    """What run.json holds; it can do without."""
-    try:
-        held = json.loads((run / _NOTE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return held if isinstance(held, dict) else {}
-
-
-def _free_file(out: str, force: bool) -> Path:
-    """Where a table can be written, found out before the work."""
-    path = Path(out)
-    if not path.name.lower().endswith(tables.ENDINGS):
-        raise ValueError(f"--out {path}: a table's file ends in {', '.join(tables.ENDINGS)}")
-    if path.is_dir():
-        raise IsADirectoryError(f"--out {path} is a folder, not a file")
-    if path.exists() and not force:
-        raise FileExistsError(f"{path} exists and stays as it is; pass --force to replace it, or another --out")
-    _check_place(path)
-    return path
-
-
-def _free_folder(run: Path, out: str | None, force: bool) -> Path:
-    """Where a report can be written: the folder named, or the first free one of check, check-2, ... in the run."""
-    path = run / "check" if out is None else Path(out)
-    if out is None and not force:
-        tried = 1
-        while path.exists():
-            tried += 1
-            path = run / f"check-{tried}"
-    there = [name for name in report.FILES if (path / name).exists()]
-    if there and not force:
-        raise FileExistsError(f"{path / there[0]} exists and stays as it is; pass --force, or another --out")
-    _check_place(path)
-    return path
-
-
-def _check_place(path: Path) -> None:
-    """What is missing of a path can be made: found out before the work.
-
-    Raises:
-        OSError: a part of it is a file, or may not be written into.
-    """
-    there = next((p for p in path.absolute().parents if p.exists()), Path("/"))
-    if not there.is_dir():
-        raise NotADirectoryError(f"--out {path}: {there.name} is a file, not a folder")
-    if not os.access(there, os.W_OK):
-        raise PermissionError(f"--out {path}: {there} cannot be written")

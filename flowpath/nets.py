@@ -7,6 +7,7 @@ wide operations run over the parameter axis, read fastest.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -138,8 +139,41 @@ class MLP(_Net):
         return params_first(apply_linear(h, self.final), self.num_params, x.shape[:-1])
 
 
+class _Residual(_Net, ABC):
+    """What residual networks share: blocks h + f(h) between a first layer and a last one that starts at zero."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_params: int,
+        context: int,
+        width: int,
+        blocks: int,
+        activation: Activation,
+        dropout: float,
+    ) -> None:
+        super().__init__(in_features, out_features, num_params, context, [width], activation, dropout)
+        check_count(type(self).__name__, "blocks", blocks, least=0)
+        self.initial = nn.Linear(in_features + context, width)
+        self.first = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
+        self.second = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
+        self.final = _zero_final(width, num_params * out_features)
+
+    @abstractmethod
+    def _inner(self, h: Tensor, i: int, context: Tensor | None) -> Tensor:
+        """What block i adds to h `(width, N)`."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x `(*batch, in_features)`, context `(*batch, C)` -> params `(num_params, *batch, out_features)`."""
+        h = apply_linear(feature_major(x, context), self.initial)
+        for i in range(len(self.first)):
+            h = h + self._inner(h, i, context)
+        return params_first(apply_linear(h, self.final), self.num_params, x.shape[:-1])
+
+
 @register("ResidualMLP")
-class ResidualMLP(_Net):
+class ResidualMLP(_Residual):
     """A residual network of pre-activated blocks, h + W2 a(W1 a(h)), whose last layer starts at zero.
 
     The conditioner of "Neural Spline Flows" (Durkan, Bekasov, Murray, Papamakarios 2019, arXiv:1906.04032).
@@ -170,20 +204,13 @@ class ResidualMLP(_Net):
         activation: Activation = nn.ReLU,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(in_features, out_features, num_params, context, [hidden_features], activation, dropout)
         check_count("ResidualMLP", "blocks", blocks)
-        self.initial = nn.Linear(in_features + context, hidden_features)
-        self.first = nn.ModuleList(nn.Linear(hidden_features, hidden_features) for _ in range(blocks))
-        self.second = nn.ModuleList(nn.Linear(hidden_features, hidden_features) for _ in range(blocks))
-        self.final = _zero_final(hidden_features, num_params * out_features)
+        sizes = (in_features, out_features, num_params, context, hidden_features, blocks)
+        super().__init__(*sizes, activation, dropout)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x `(*batch, in_features)`, context `(*batch, C)` -> params `(num_params, *batch, out_features)`."""
-        h = apply_linear(feature_major(x, context), self.initial)
-        for one, two in zip(self.first, self.second, strict=True):
-            inner = self._act(apply_linear(self.activation(h), one))
-            h = h + apply_linear(inner, two)
-        return params_first(apply_linear(h, self.final), self.num_params, x.shape[:-1])
+    def _inner(self, h: Tensor, i: int, context: Tensor | None) -> Tensor:
+        inner = self._act(apply_linear(self.activation(h), self.first[i]))
+        return apply_linear(inner, self.second[i])
 
 
 @register("MaskedMLP")
@@ -299,62 +326,3 @@ class ParamsLast(nn.Module):
         """x `(*batch, in_features)`, context `(*batch, C)` -> params `(num_params, *batch, out_features)`."""
         out = self.net(x if context is None else torch.cat([x, context], -1))
         return out.unflatten(-1, (-1, self.num_params)).movedim(-1, 0)
-
-
-class Float64Scale(nn.Module):
-    """A module whose buffers `loc` and `scale` stay float64 whatever dtype it is moved to."""
-
-    loc: Tensor
-    scale: Tensor
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float64Scale:
-        loc, scale = self.loc, self.scale
-        super()._apply(fn, recurse)
-        if self.loc.dtype != torch.float64:  # .float() or .half(): follow the device, keep the digits
-            self.loc, self.scale = loc.to(self.loc.device), scale.to(self.scale.device)
-        return self
-
-
-@register("Standardize")
-class Standardize(Float64Scale):
-    """(c - mean) / sd of each context feature: the embedding that `fp.fit` sets from the training rows.
-
-    The identity until `set_from(context)`; a constant column keeps the scale 1. Like `Whiten` it keeps its numbers and
-    does its arithmetic in float64; the result has the context's dtype.
-
-    Args:
-        features: width of the context.
-
-    Example:
-        >>> import torch, flowpath as fp
-        >>> c = 100 + 5 * torch.randn(1000, 2)
-        >>> bool((fp.Standardize(2).set_from(c)(c).mean(0).abs() < 1e-4).all())
-        True
-    """
-
-    loc: Tensor
-    scale: Tensor
-    is_set: Tensor
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        check_count("Standardize", "features", features)
-        self.in_features = features
-        self.register_buffer("loc", torch.zeros(features, dtype=torch.float64))
-        self.register_buffer("scale", torch.ones(features, dtype=torch.float64))
-        self.register_buffer("is_set", torch.tensor(False))
-
-    @torch.no_grad()
-    def set_from(self, context: Tensor) -> Standardize:
-        """Take mean and scale from rows `(N, features)`; returns self."""
-        rows = context.detach().to(self.loc.device, torch.float64).reshape(-1, self.in_features)
-        mean = rows.mean(0)
-        sd = (rows - mean).square().mean(0).sqrt()
-        self.loc.copy_(mean)
-        self.scale.copy_(torch.where(sd > 1e-14 * mean.abs(), sd, torch.ones_like(sd)))
-        self.is_set.fill_(True)
-        return self
-
-    def forward(self, context: Tensor) -> Tensor:
-        """`(*batch, features)` to the same shape."""
-        return ((context.double() - self.loc) / self.scale).to(context.dtype)

@@ -49,6 +49,35 @@ def history(fits: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     return fig
 
 
+def calibration(levels: Array, *, draws: int) -> Figure:
+    """The share of rows within each credible level beside the diagonal, with the band that noise alone keeps to.
+
+    Args:
+        levels: of `fp.hpd_level`, `(N,)` in [0, 1].
+        draws: by which they were estimated.
+
+    Raises:
+        ValueError: no vector of levels.
+
+    Example:
+        >>> import torch
+        >>> from flowpath import plot
+        >>> figure = plot.calibration(torch.rand(500), draws=1000)
+    """
+    u = _numbers(levels)
+    if u.ndim != 1 or not len(u):
+        raise ValueError(f"calibration expects a vector of levels, got shape {u.shape}")
+    fig = _figure(4.5, 3.2)
+    axes = fig.subplots()
+    grid = np.linspace(0, 1, 101)
+    noise = 1.63 / np.sqrt(len(u)) + 1.0 / np.sqrt(draws)  # as `fp.check` has it
+    axes.fill_between(grid, (grid - noise).clip(0, 1), (grid + noise).clip(0, 1), color="0.85", label="noise alone")
+    axes.plot(np.sort(u), np.arange(1, len(u) + 1) / len(u), color=_MODEL, label="rows")
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="credible level", ylabel="share of rows")
+    axes.legend(frameon=False, loc="upper left")
+    return fig
+
+
 def log_densities(true: Array, fitted: Array) -> Figure:
     """Fitted against true log density of the same rows, each `(N,)`; a perfect fit lies on the line.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flowpath import plot, tables
 from flowpath.diagnostics import Report, check, hpd_level
@@ -28,6 +28,7 @@ _DRAWS, _LEVELS = 5000, 2000  # rows in the pair plot, and of which the credible
 _COLUMNS = 8  # panels a side of the pair plot
 _DPI = 110
 _WIDE, _LONG = 720, 24  # pixels and letters from which a small screen scrolls rather than squeezes
+_ASKED = {"epochs": "epochs at most", "steps": "steps at most"}  # settings that share a name with what came of them
 _WHERE = {"validation": "early-stopping", "train": "training"}
 
 _STYLE = """
@@ -46,7 +47,7 @@ h1 { font-size: 1.4rem; margin: .5rem 0; } h2 { font-size: 1.1rem; margin: 2rem 
 .figures { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: flex-start; }
 figure { margin: .5rem 0; max-width: 100%; }
 img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: .2rem; }
-.text { min-width: 16rem; }
+.text { min-width: min(16rem, 45vw); }
 @media (max-width: 40rem) { img.wide { max-width: none; width: 40rem; } }
 figcaption { color: var(--soft); font-size: .9rem; margin-bottom: .3rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }
@@ -114,18 +115,18 @@ def judge(
         ValueError: no rows, missing values, or values outside the supports.
     """
     cells = model.to_cells(rows)
-    given = None if context is None else context.to_numpy().astype(float)
+    given = None if context is None else torch.from_numpy(context.to_numpy().astype(float))
     weights = None if weights is None else np.array(weights, dtype=float)
     found = check(model.flow_, cells, given, weights, rows=_WHERE.get(held, "held out"), seed=seed)
     shown = _some(len(rows), weights, seed)
-    drawn = model.sample(len(shown), context=None if context is None else context[shown], random_state=seed)
-    names = model.schema_.names
-    data, samples = (t.to_numpy().astype(float)[:, :_COLUMNS] for t in (rows[shown], drawn))
-    figures = {_PAIRS: _png(plot.pairs(data, samples, names[:_COLUMNS]))}
+    under = None if context is None else context[shown]
+    drawn = model.sample(len(shown), context=under, random_state=seed)
+    names = [*model.schema_.names, *(model.context_names_ or ())][:_COLUMNS]
+    figures = {_PAIRS: _png(plot.pairs(_beside(rows[shown], under), _beside(drawn, under), names))}
     if found.sound:
-        few = 1000 if given is None else 200
-        levels = _credible(model, cells, given, shown[:_LEVELS], few, seed)
-        figures[_LEVELS_CAPTION] = _png(_calibration(levels, few))
+        few, some = 1000 if given is None else 200, shown[:_LEVELS]
+        levels = _credible(model, cells[some], None if given is None else given[some], few, seed)
+        figures[_LEVELS_CAPTION] = _png(plot.calibration(levels, draws=few))
     if len(model.result_.history) > 1:
         figures[_HISTORY] = _png(plot.history({"": model.result_.history}))
     return Judged(found, figures, {f"Columns of the {len(rows)} rows": _columns(model, rows)}, _settings(model))
@@ -140,26 +141,18 @@ def _some(count: int, weights: Any, seed: int) -> np.ndarray:
     return chance.choice(count, min(count, _DRAWS), p=w / w.sum())
 
 
-def _credible(model: FlowDensity, cells: Any, given: Any, shown: np.ndarray, draws: int, seed: int) -> np.ndarray:
+def _credible(model: FlowDensity, cells: Tensor, given: Tensor | None, draws: int, seed: int) -> np.ndarray:
+    """The credible level of each row."""
     like = next(model.flow_.parameters(), model.flow_.base.like)
-    x, c = (None if t is None else torch.as_tensor(t)[shown].to(like.device, like.dtype) for t in (cells, given))
-    assert x is not None  # noqa: S101
-    return hpd_level(model.flow_, x, c, draws=draws, seed=seed).cpu().numpy()
+    context = None if given is None else given.to(like.device, like.dtype)
+    levels = hpd_level(model.flow_, cells.to(like.device, like.dtype), context, draws=draws, seed=seed)
+    return levels.cpu().numpy()
 
 
-def _calibration(levels: np.ndarray, draws: int) -> Figure:
-    """The share of rows within each credible level beside the diagonal, with the band that noise alone keeps to."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.5, 3.2), layout="constrained", dpi=100)
-    axes = figure.subplots()
-    grid = np.linspace(0, 1, 101)
-    noise = 1.63 / math.sqrt(len(levels)) + 1.0 / math.sqrt(draws)  # as `check` has it
-    axes.fill_between(grid, (grid - noise).clip(0, 1), (grid + noise).clip(0, 1), color="0.85", label="noise alone")
-    axes.plot(np.sort(levels), np.arange(1, len(levels) + 1) / len(levels), color="tab:red", label="rows")
-    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="credible level", ylabel="share of rows")
-    axes.legend(frameon=False, loc="upper left")
-    return figure
+def _beside(table: Any, context: Any) -> np.ndarray:
+    """Columns, then those of the context, as numbers: as many as the pair plot has room for."""
+    parts = [t.to_numpy().astype(float) for t in (table, context) if t is not None]
+    return np.concatenate(parts, 1)[:, :_COLUMNS]
 
 
 def _columns(model: FlowDensity, rows: Any) -> Table:
@@ -185,7 +178,7 @@ def _settings(model: FlowDensity) -> dict[str, Any]:
         "batches skipped as not finite": result.skipped,
         "seconds": round(result.seconds, 1),
         "ended": result.stop_reason,
-        **{name.replace("_", " "): v for name, v in result.settings.items() if v is not None},
+        **{_ASKED.get(name, name.replace("_", " ")): v for name, v in result.settings.items() if v is not None},
         **{f"note {i}": note for i, note in enumerate([*model.notes_, *result.notes], 1)},
         **result.versions,
     }

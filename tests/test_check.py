@@ -109,6 +109,10 @@ def test_a_classifier_gains_and_loses_nothing_by_knowing_the_contexts() -> None:
     assert part.numbers["accuracy"] == pytest.approx(0.5, abs=4 * part.numbers["error"])
 
 
+def test_more_columns_than_rows_to_fit_a_rival_to() -> None:
+    assert fp.check(fp.gaussian(120), torch.randn(200, 120)).part("beside Gaussian and mixture").grade == "pass"
+
+
 def test_rows_beyond_the_box_are_counted(fitted: fp.Flow) -> None:
     part = fp.check(fp.nsf(2, transforms=1, bound=1.0), 3 * torch.randn(500, 2)).part("spline box")
     assert part.grade == "warn"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import flowpath
-from flowpath import cli, doctor
+from flowpath import cli, doctor, grammar
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,7 +29,7 @@ def raising(monkeypatch: pytest.MonkeyPatch):
         def run(args: object) -> None:
             raise error
 
-        monkeypatch.setattr(cli, "_doctor", run)
+        monkeypatch.setattr(grammar, "_doctor", run)
 
     return set_error
 
@@ -42,10 +42,10 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_grammar_needs_the_standard_library_alone() -> None:
-    tree = ast.parse((ROOT / "flowpath" / "cli.py").read_text())
-    found = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+    trees = [ast.parse((ROOT / "flowpath" / name).read_text()) for name in ("cli.py", "grammar.py")]
+    found = [n for tree in trees for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
     names = {(n.module or "" if isinstance(n, ast.ImportFrom) else n.names[0].name).partition(".")[0] for n in found}
-    assert names <= sys.stdlib_module_names
+    assert names <= sys.stdlib_module_names | {"flowpath"}  # the grammar; that no torch comes along is tested too
 
 
 @pytest.mark.parametrize("command", ["fit", "sample", "score", "check", "demo", "doctor"])
@@ -101,7 +101,10 @@ def test_interrupt(raising, capsys: pytest.CaptureFixture[str]) -> None:
     assert errors(capsys) == ["flowpath: interrupted"]
 
 
-def test_demo_gets_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_gets_its_flags_and_replaces_nothing_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     calls = []
     fake = types.ModuleType("flowpath.demo")
     fake.main = lambda out, *, seed, quick: calls.append((out, seed, quick))
@@ -110,6 +113,14 @@ def test_demo_gets_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["demo"]) == 0
     assert cli.main(["demo", "--out", "here", "--seed", "3", "--quick"]) == 0
     assert calls == [(Path("runs/demo"), 0, False), (Path("here"), 3, True)]
+    Path("here").mkdir()
+    Path("here/flow.safetensors").touch()
+    assert cli.main(["demo", "--out", "here"]) == 2
+    assert errors(capsys) == [
+        "flowpath: --out here holds files already: pass --force to replace them, or another --out"
+    ]
+    assert cli.main(["demo", "--out", "here", "--force"]) == 0
+    assert len(calls) == 3
 
 
 def test_doctor_prints_the_report(capsys: pytest.CaptureFixture[str]) -> None:

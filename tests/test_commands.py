@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import flowpath as fp
-from flowpath import cli, commands
+from flowpath import cli, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = 120
@@ -219,20 +219,20 @@ def test_an_unfinished_run_is_resumed(here: Path, capsys: pytest.CaptureFixture[
 def test_ctrl_c_leaves_a_run_that_can_be_used_and_resumed(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    called = commands._Watch.__call__
+    called = runs.Watch.__call__
 
-    def stop(watch: commands._Watch, state: object) -> None:
+    def stop(watch: runs.Watch, state: object) -> None:
         called(watch, state)
         if state.epoch == 2:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(commands._Watch, "__call__", stop)
+    monkeypatch.setattr(runs.Watch, "__call__", stop)
     command = "fit cat.csv --columns mag,size --arch gaussian --epochs 5 --out new"
     assert run(command) == 130
     err = capsys.readouterr().err
     assert err.startswith("flowpath: interrupted after ") and len(err.splitlines()) == 1
     assert run("score new cat.csv --out s.csv") == 0
-    monkeypatch.setattr(commands._Watch, "__call__", called)
+    monkeypatch.setattr(runs.Watch, "__call__", called)
     words = re.search(r"flowpath (fit .*)$", err)
     assert words is not None and run(words[1]) == 0
     assert json.loads(Path("new/fit.json").read_text())["epochs"] == 5

@@ -125,6 +125,7 @@ def test_mixture_is_chosen_by_validation_rows() -> None:
         (lambda: plot.history({}), "at least one fit"),
         (lambda: plot.log_densities(torch.zeros(3), torch.zeros(4)), "two vectors of one length"),
         (lambda: plot.pairs(torch.zeros(3, 2), torch.zeros(3, 3)), "the same columns"),
+        (lambda: plot.calibration(torch.zeros(3, 2), draws=10), "a vector of levels"),
         (lambda: plot.pairs(torch.zeros(3, 2), torch.zeros(3, 2), ["a"]), "expects 2 names, got 1"),
         (lambda: plot.density(torch.zeros(3), (0, 1, 0, 1)), "a matrix of log densities"),
         (lambda: plot.density(torch.zeros(3, 3), (0, 1, 0, 1), torch.zeros(3)), "points with 2 columns"),

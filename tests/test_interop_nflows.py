@@ -213,6 +213,8 @@ def test_layer_keeps_the_contract(name: str, native: bool) -> None:
     theirs, context = layer(name)
     t = fp.from_nflows(theirs, context=context, native=native)
     skip = {"vmap_is_loop"} if not native or "own" in name else set()
+    if not native:
+        skip.add("finite_far_out")  # nflows' own arithmetic: in float32 its spline's inverse can end in NaN far out
     fp.testing.check_transform(t, skip=skip)
 
 
@@ -290,7 +292,8 @@ def test_native_flow_maps_noise_as_nflows_does(name: str) -> None:
     theirs, noise, c = flow_and_rows(name)
     flow = fp.from_nflows(theirs, native=True)
     embedded = None if c is None else theirs._embedding_net(c)
-    assert worst((flow.to_data(noise, c),), theirs._transform.inverse(noise, embedded)[:1]) < 1e-10
+    want = theirs._transform.inverse(noise, embedded)[0]  # some of it millions away, hence relative
+    torch.testing.assert_close(flow.to_data(noise, c), want, rtol=1e-10, atol=1e-10)
 
 
 def test_native_flow_shares_nothing_and_keeps_modes_dtype_and_frozen_weights() -> None:

@@ -23,7 +23,7 @@ LAYERS = [
     {"registry", "_pyro"},
     {"checks"},
     {"transform"},
-    {"transforms", "nets", "gated", "bases", "foreign_bases"},
+    {"transforms", "nets", "gated", "standardize", "bases", "foreign_bases"},
     {"distribution", "flow"},
     {"architectures", "draws", "interop"},
     {"estimators"},
@@ -34,7 +34,7 @@ LAYERS = [
     {"density", "svi"},
 ]
 # Nothing of the library imports a leaf.
-LEAVES = {"plot", "report", "testing", "doctor", "demo", "commands", "cli", "__main__"}
+LEAVES = {"plot", "report", "testing", "doctor", "demo", "commands", "runs", "cli", "grammar", "__main__"}
 
 HEAVY = [
     "nflows",

@@ -121,6 +121,20 @@ def test_judge_draws_and_writes(model: tuple[fp.FlowDensity, pl.DataFrame], tmp_
     for words in ("cannot be told from n = 100", "integer(0)", "rows train", "architecture", "torch", "note 1"):
         assert words in page
     assert len(re.findall("<figure>", page)) == 3
+    assert judged.settings["epochs at most"] == 5  # of four passes each
+    assert judged.settings["epochs"].startswith("5, the weights are those of epoch")
+
+
+def test_judge_draws_columns_beside_their_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    table = pl.DataFrame({"y": rng.normal(size=240), "c": rng.normal(size=240)})
+    fitted = fp.FlowDensity(architecture="gaussian", epochs=1, random_state=0).fit(table[["y"]], context=table[["c"]])
+    drawn = []
+    monkeypatch.setattr(report.plot, "pairs", lambda *given: drawn.append(given) or figure())
+    report.judge(fitted, table[["y"]], table[["c"]])
+    data, samples, names = drawn[0]
+    assert names == ["y", "c"]
+    assert np.array_equal(data[:, 1], samples[:, 1]) and not np.array_equal(data[:, 0], samples[:, 0])
 
 
 def test_judge_goes_with_the_seed(model: tuple[fp.FlowDensity, pl.DataFrame]) -> None:

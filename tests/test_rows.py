@@ -103,7 +103,7 @@ BAD = {
     "strings": (np.array([["a", "b"]]), TypeError, "expects x to hold numbers, got <U1"),
     "ragged": ([[1, 2], [3]], TypeError, "rows of one length"),
     "complex": (torch.zeros(2, 2, dtype=torch.complex64), TypeError, "expects x to be real"),
-    "string column": (pd.DataFrame({"z": [1.0], "name": ["M31"]}), TypeError, r"words or dates .* in column 'name' \(str\)"),
+    "string column": (pd.DataFrame({"z": [1.0], "name": ["M31"]}), TypeError, r"words or dates .* 'name' \(str\)"),
     "polars strings": (pl.DataFrame({"z": [1.0], "name": ["M31"]}), TypeError, r"'name' \("),
     "dates": (pd.DataFrame({"day": pd.to_datetime(["2020-01-01"])}), TypeError, r"'day' \(datetime64"),
     "lazy frame": (pl.LazyFrame({"z": [1.0]}), TypeError, "collect"),

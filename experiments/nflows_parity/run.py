@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import flowpath as fp
-from experiments.nflows_parity.convert import flow as convert
 from experiments.runner import parse
+from flowpath.interop.nflows_native import convert
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,12 @@ def compare(
     theirs: NflowsFlow, x: Tensor, noise: Tensor, v: Tensor
 ) -> Iterator[tuple[str, Sequence[Tensor], Sequence[Tensor]]]:
     """Each quantity as flowpath and as nflows has it, for data and noise `(N, d)`; v `(N, d)` weighs the samples."""
-    ours, weights = convert(theirs)
-    call = _Call(ours.double())
+    features = theirs._distribution._shape[0]
+    transform, weights = convert(theirs._transform, features, 0)
+    call = _Call(fp.Flow(transform, fp.StandardNormal(features)).double())
 
     def run(name: str, value: Tensor) -> Tensor:
-        return functional_call(call, {f"flow.{k}": w for k, w in weights.items()}, (name, value))
+        return functional_call(call, {f"flow.transform.{k}": w for k, w in weights.items()}, (name, value))
 
     ours_and_theirs = {
         "log_prob": (run("log_prob", x), theirs.log_prob(x)),

@@ -9,35 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowpath.checks import check_count
-from flowpath.nets import Activation, _Net, affine, apply_linear, feature_major, params_first
+from flowpath.nets import Activation, _Net, _Residual, affine, apply_linear, feature_major, params_first
 from flowpath.registry import register
+from flowpath.transforms.elementwise import ScaleAndShift
 
 
 @register("nflows.SigmoidAffine")
-class SigmoidAffine(nn.Module):
+class SigmoidAffine(ScaleAndShift):
     """y = s x + t with s = sigmoid(a + 2) + 1e-3: the Element of nflows' affine coupling. s never exceeds 1.001.
 
     Zero numbers are a scale of 0.88, not the identity; in flows of your own use `fp.Affine`.
     """
 
-    num_params = 2
-
     def _scale(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         s = torch.sigmoid(raw + 2.0) + 1e-3
         return s, s.log()
-
-    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        """x `(*batch, d)`, params (a, t) `(2, *batch, d)` -> (y, ladj), each `(*batch, d)`."""
-        s, log_s = self._scale(params[0])
-        y = torch.addcmul(params[1], s, x)
-        return y, log_s.expand_as(y)
-
-    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        """The way back: x = (y - t) / s, ladj -log s."""
-        s, log_s = self._scale(params[0])
-        x = (y - params[1]) / s
-        return x, -log_s.expand_as(x)
 
 
 def _norms(count: int, features: int, batch_norm: bool) -> nn.ModuleList | None:
@@ -55,7 +41,7 @@ def _columns(context: Tensor) -> Tensor:
 
 
 @register("nflows.GatedResidualMLP")
-class GatedResidualMLP(_Net):
+class GatedResidualMLP(_Residual):
     r"""nflows' ResidualNet: blocks h + W2 a(W1 a(h)), which a context gates, and batch norm if wanted.
 
     With a context c, beside x in the first layer, a block adds :math:`(W_2 a(W_1 a(h))) \cdot \sigma(V c)`.
@@ -79,28 +65,18 @@ class GatedResidualMLP(_Net):
         dropout: float = 0.0,
         batch_norm: bool = False,
     ) -> None:
-        super().__init__(in_features, out_features, num_params, context, [hidden_features], activation, dropout)
-        check_count("GatedResidualMLP", "blocks", blocks, least=0)
-
-        def layers(inputs: int) -> nn.ModuleList:
-            return nn.ModuleList(nn.Linear(inputs, hidden_features) for _ in range(blocks))
-
-        self.initial = nn.Linear(in_features + context, hidden_features)
-        self.first, self.second = layers(hidden_features), layers(hidden_features)
-        self.gates = layers(context) if context else None
+        sizes = (in_features, out_features, num_params, context, hidden_features, blocks)
+        super().__init__(*sizes, activation, dropout)
+        gates = nn.ModuleList(nn.Linear(context, hidden_features) for _ in range(blocks))
+        self.gates = gates if context else None
         self.norms = _norms(2 * blocks, hidden_features, batch_norm)
-        self.final = nn.Linear(hidden_features, num_params * out_features)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x `(*batch, in_features)`, context `(*batch, C)` -> params `(num_params, *batch, out_features)`."""
-        h = apply_linear(feature_major(x, context), self.initial)
-        for i, (one, two) in enumerate(zip(self.first, self.second, strict=True)):
-            inner = apply_linear(self.activation(_normed(h, self.norms, 2 * i)), one)
-            inner = apply_linear(self._act(_normed(inner, self.norms, 2 * i + 1)), two)
-            if self.gates is not None and context is not None:
-                inner = inner * torch.sigmoid(apply_linear(_columns(context), self.gates[i]))
-            h = h + inner
-        return params_first(apply_linear(h, self.final), self.num_params, x.shape[:-1])
+    def _inner(self, h: Tensor, i: int, context: Tensor | None) -> Tensor:
+        inner = apply_linear(self.activation(_normed(h, self.norms, 2 * i)), self.first[i])
+        inner = apply_linear(self._act(_normed(inner, self.norms, 2 * i + 1)), self.second[i])
+        if self.gates is None or context is None:
+            return inner
+        return inner * torch.sigmoid(apply_linear(_columns(context), self.gates[i]))
 
 
 @register("nflows.MaskedResidualMLP")

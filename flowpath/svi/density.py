@@ -21,7 +21,7 @@ from torch.distributions import biject_to
 from torch.utils import _pytree as pytree
 
 from flowpath.svi.handlers import Block, First, Place, Site, loud, quiet
-from flowpath.svi.tracing import trace
+from flowpath.svi.tracing import Traced, trace
 
 PARTICLES = "_flowpath_particles"
 _AGREE = 1e-6  # relative difference of two ways to the same density that rounding explains, in float64

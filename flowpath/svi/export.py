@@ -53,7 +53,7 @@ def _observations(
         values = {n: v[i].to(density.dtype) for n, v in draws.items()}
         with torch.no_grad(), quiet(), poutine.block(), poutine.trace() as tracer, poutine.condition(data=values):
             density.model(*density.args, **density.kwargs)
-        nodes: dict[str, Any] = tracer.trace.nodes  # type: ignore[assignment]
+        nodes: dict[str, Any] = tracer.trace.nodes
         for name, site in nodes.items():
             if site["type"] != "sample" or name.startswith("_") or not _drawn(site):
                 continue

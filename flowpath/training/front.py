@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flowpath.flow import Flow, leaves
 from flowpath.interop import TorchTransform
-from flowpath.nets import Standardize
+from flowpath.standardize import Standardize
 from flowpath.training.rows import Rows
 from flowpath.transform import Chain, Transform
 from flowpath.transforms.linear import Permutation

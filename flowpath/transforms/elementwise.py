@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,30 @@ class Additive(nn.Module):
         return x, torch.zeros_like(x)
 
 
+class ScaleAndShift(nn.Module, ABC):
+    """y = s x + t, s positive: what the affine Elements share. Both directions are exact."""
+
+    num_params = 2
+
+    @abstractmethod
+    def _scale(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """s and log s of raw numbers."""
+
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """x `(*batch, d)`, params (a, t) `(2, *batch, d)` -> (y, ladj), each `(*batch, d)`."""
+        s, log_s = self._scale(params[0])
+        y = torch.addcmul(params[1], s, x)
+        return y, log_s.expand_as(y)
+
+    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """The way back: x = (y - t) / s, ladj -log s."""
+        s, log_s = self._scale(params[0])
+        x = (y - params[1]) / s
+        return x, -log_s.expand_as(x)
+
+
 @register("Affine")
-class Affine(nn.Module):
+class Affine(ScaleAndShift):
     r"""y = s x + t with a positive scale s: the Element of RealNVP, MAF and IAF.
 
     With raw number a, by default :math:`s = \operatorname{softplus}(a + c) + s_{min}`, c such that a = 0 gives s = 1
@@ -60,8 +83,6 @@ class Affine(nn.Module):
         (True, True)
     """
 
-    num_params = 2
-
     def __init__(self, *, min_scale: float = 1e-3, log_bound: float | None = None) -> None:
         super().__init__()
         if not 0.0 < min_scale < 1.0:
@@ -77,18 +98,6 @@ class Affine(nn.Module):
             return log_s.exp(), log_s
         s = F.softplus(raw + self._offset) + self.min_scale
         return s, s.log()
-
-    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        """x `(*batch, d)`, params (a, t) `(2, *batch, d)` -> (y, ladj), each `(*batch, d)`."""
-        s, log_s = self._scale(params[0])
-        y = torch.addcmul(params[1], s, x)
-        return y, log_s.expand_as(y)
-
-    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        """The way back: x = (y - t) / s, ladj -log s."""
-        s, log_s = self._scale(params[0])
-        x = (y - params[1]) / s
-        return x, -log_s.expand_as(x)
 
 
 @register("Elementwise")

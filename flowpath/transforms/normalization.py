@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flowpath.nets import Float64Scale
 from flowpath.registry import register
+from flowpath.standardize import Float64Scale
 from flowpath.transform import Record, Transform
 
 
