@@ -2,6 +2,7 @@
 
 from flowpath.svi.dreg import DRegELBO
 from flowpath.svi.elbo import PathELBO, PathGraphELBO, PathMixin
+from flowpath.svi.guide import AutoFlow
 from flowpath.svi.modules import module
 
-__all__ = ["DRegELBO", "PathELBO", "PathGraphELBO", "PathMixin", "module"]
+__all__ = ["AutoFlow", "DRegELBO", "PathELBO", "PathGraphELBO", "PathMixin", "module"]
