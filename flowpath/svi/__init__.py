@@ -1,8 +1,9 @@
 """Stochastic variational inference with flows: guides, ELBOs and registration for Pyro models."""
 
+from flowpath.svi.amortized import AmortizedFlow
 from flowpath.svi.dreg import DRegELBO
 from flowpath.svi.elbo import PathELBO, PathGraphELBO, PathMixin
 from flowpath.svi.guide import AutoFlow
 from flowpath.svi.modules import module
 
-__all__ = ["AutoFlow", "DRegELBO", "PathELBO", "PathGraphELBO", "PathMixin", "module"]
+__all__ = ["AmortizedFlow", "AutoFlow", "DRegELBO", "PathELBO", "PathGraphELBO", "PathMixin", "module"]
