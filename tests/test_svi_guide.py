@@ -530,9 +530,10 @@ def test_blocked_enumeration() -> None:
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_jit_elbo() -> None:
     guide = AutoFlow(schools).setup()
-    elbo = pyro.infer.JitTrace_ELBO(ignore_jit_warnings=True)
+    kwargs: dict[str, Any] = {"num_particles": 4, "vectorize_particles": True, "max_plate_nesting": 1}
+    elbo = pyro.infer.JitTrace_ELBO(**kwargs, ignore_jit_warnings=True)
     svi = SVI(schools, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
-    assert all(torch.isfinite(torch.tensor(svi.step())) for _ in range(2))
+    assert all(torch.isfinite(torch.tensor(svi.step())) for _ in range(4))
 
 
 def test_make_fx_traces_a_step() -> None:
