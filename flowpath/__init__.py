@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         Coupling,
         Elementwise,
         Householder,
+        LowRankAffine,
         MaskedAutoregressive,
         Permutation,
         RationalQuadratic,
@@ -89,6 +90,7 @@ __all__ = [
     "IWBound",
     "Inverse",
     "LogVariance",
+    "LowRankAffine",
     "MaskedAutoregressive",
     "MaskedMLP",
     "MaximumLikelihood",
@@ -172,8 +174,8 @@ _GIVES = {
     "training": "FitResult State TargetResult fit fit_target log_prob",
     "transform": "Chain Conditioner Element Inverse Record Transform",
     "transforms": (
-        "ActNorm Additive Affine CircularRationalQuadratic Coupling Elementwise Householder LU MaskedAutoregressive "
-        "Permutation RationalQuadratic TriangularAffine Whiten"
+        "ActNorm Additive Affine CircularRationalQuadratic Coupling Elementwise Householder LU LowRankAffine "
+        "MaskedAutoregressive Permutation RationalQuadratic TriangularAffine Whiten"
     ),
     "variational": "IWBound LogVariance ReverseKL",
 }

@@ -1,16 +1,21 @@
-"""Stochastic variational inference with flows: guides, ELBOs and registration for Pyro models."""
+"""Stochastic variational inference with flows: guides, ELBOs, posteriors, compiled SVI for Pyro models."""
 
 from flowpath import _pyro  # noqa: F401  before Pyro
 
 # isort: split
+from flowpath.svi.amortized import AmortizedFlow
 from flowpath.svi.density import ModelDensity, ModelError
 from flowpath.svi.dreg import DRegELBO
 from flowpath.svi.elbo import PathELBO, PathGraphELBO, PathMixin
 from flowpath.svi.fitting import fit_posterior
+from flowpath.svi.guide import AutoFlow
 from flowpath.svi.modules import module
 from flowpath.svi.posterior import Posterior
+from flowpath.svi.refining import Refined
 
 __all__ = [
+    "AmortizedFlow",
+    "AutoFlow",
     "DRegELBO",
     "ModelDensity",
     "ModelError",
@@ -18,6 +23,7 @@ __all__ = [
     "PathGraphELBO",
     "PathMixin",
     "Posterior",
+    "Refined",
     "fit_posterior",
     "module",
 ]
