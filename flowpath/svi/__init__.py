@@ -1,7 +1,19 @@
 """Stochastic variational inference with flows: guides, ELBOs and registration for Pyro models."""
 
+from flowpath.svi.compiled import CompiledSVI
 from flowpath.svi.dreg import DRegELBO
 from flowpath.svi.elbo import PathELBO, PathGraphELBO, PathMixin
 from flowpath.svi.modules import module
+from flowpath.svi.tracing import Traced, TracingError, trace
 
-__all__ = ["DRegELBO", "PathELBO", "PathGraphELBO", "PathMixin", "module"]
+__all__ = [
+    "CompiledSVI",
+    "DRegELBO",
+    "PathELBO",
+    "PathGraphELBO",
+    "PathMixin",
+    "Traced",
+    "TracingError",
+    "module",
+    "trace",
+]
