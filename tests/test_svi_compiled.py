@@ -182,7 +182,6 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any], tuple[Tensor, ...]]
     "score function, graph": (lambda: (coins, coin_guide), TraceGraph_ELBO, (Y[0] / 10,)),
     "vae": (vae, Trace_ELBO, (TABLE[:5],)),
     "renyi": (autoguide(AutoNormal, schools), vectorised(RenyiELBO, alpha=0.5), (Y, S)),
-    "enumeration": (lambda: (mixture, hand_guide), lambda: TraceEnum_ELBO(max_plate_nesting=1), (Y / 10,)),
     "path": (autoguide(AutoNormal, schools), vectorised(PathELBO, estimator=fp.Pathwise(0.0)), (Y, S)),
     "path, vae": (vae, lambda: PathELBO(estimator=fp.Pathwise(0.5)), (TABLE[:5],)),
     "path, auto": (autoguide(AutoNormal, schools), vectorised(PathELBO, update_every=2), (Y, S)),
@@ -413,11 +412,16 @@ def keeps_python_rng() -> Any:
     random.setstate(state)
 
 
-def test_enumeration_in_the_guide_goes_on_as_pyro() -> None:
-    svi = plain(coins, enumerated_guide, adam(), TraceEnum_ELBO(max_plate_nesting=0))
-    svi.step(Y[0])
+@pytest.mark.parametrize(
+    ("model", "guide", "y"),
+    [(coins, enumerated_guide, Y[0]), (mixture, hand_guide, Y / 10)],
+    ids=["in the guide", "in the model"],
+)
+def test_enumeration_goes_on_as_pyro(model: Any, guide: Any, y: Tensor) -> None:
+    svi = plain(model, guide, adam(), TraceEnum_ELBO(max_plate_nesting=1))
+    svi.step(y)
     with pytest.warns(UserWarning, match="TraceEnum_ELBO: .* value of a tensor"):
-        svi.step(Y[0])
+        svi.step(y)
 
 
 @pytest.mark.usefixtures("keeps_python_rng")

@@ -101,14 +101,16 @@ class Traced:
 
         Compiles now, for a function of these inputs. Raises whatever the compiler raises.
         """
-        given = [*inputs, *self.held, *self.noise()]
         options: dict[str, Any] = {"fallback_random": bool(self.random)}
-        if any(x.is_cuda for x in given):
+        devices = _devices([*inputs, *self.held])
+        if devices:
             options["triton.cudagraphs"] = not self.random
-        with torch.no_grad(), validation_kept(), torch.random.fork_rng(_devices(given)), catch_warnings():
+        with torch.no_grad(), validation_kept(), torch.random.fork_rng(devices), catch_warnings():
             simplefilter("ignore", DeprecationWarning)  # torch's own
-            call = torch._inductor.compile(self.module, [x.detach() for x in given], options=options)
-            call(*given)
+            given: list[Any] = [x.detach() for x in (*inputs, *self.held, *self.noise())]
+            call = torch._inductor.compile(self.module, given, options=options)
+            with kept([*inputs, *self.held]):
+                call(*given)
 
         def run(inputs: list[Tensor]) -> list[Any]:
             with torch.no_grad():
