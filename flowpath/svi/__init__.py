@@ -3,10 +3,12 @@
 from flowpath.svi.compiled import CompiledSVI
 from flowpath.svi.dreg import DRegELBO
 from flowpath.svi.elbo import PathELBO, PathGraphELBO, PathMixin
+from flowpath.svi.guide import AutoFlow
 from flowpath.svi.modules import module
 from flowpath.svi.tracing import Traced, TracingError, trace
 
 __all__ = [
+    "AutoFlow",
     "CompiledSVI",
     "DRegELBO",
     "PathELBO",

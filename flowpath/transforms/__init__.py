@@ -4,6 +4,7 @@ from flowpath.transforms.autoregressive import MaskedAutoregressive
 from flowpath.transforms.coupling import Coupling
 from flowpath.transforms.elementwise import Additive, Affine, Elementwise
 from flowpath.transforms.linear import LU, Householder, Permutation, TriangularAffine
+from flowpath.transforms.low_rank import LowRankAffine
 from flowpath.transforms.normalization import ActNorm, Whiten
 from flowpath.transforms.spline import CircularRationalQuadratic, RationalQuadratic
 
@@ -16,6 +17,7 @@ __all__ = [
     "Coupling",
     "Elementwise",
     "Householder",
+    "LowRankAffine",
     "MaskedAutoregressive",
     "Permutation",
     "RationalQuadratic",

@@ -17,6 +17,16 @@ from flowpath.transform import Record, Transform
 _UNIT_SOFTPLUS = math.log(math.expm1(1.0))
 
 
+def unit_softplus(raw: Tensor) -> Tensor:
+    """A positive scale that is 1 at 0."""
+    return F.softplus(raw + _UNIT_SOFTPLUS)
+
+
+def raw_scale(scale: Tensor) -> Tensor:
+    """The raw number of a scale: `unit_softplus` undone."""
+    return scale + torch.log(-torch.expm1(-scale)) - _UNIT_SOFTPLUS
+
+
 @register("Permutation")
 class Permutation(Transform):
     """z = x[order]: features in another order; ladj 0.
@@ -222,12 +232,22 @@ class TriangularAffine(Transform):
             self.net = None
             self.numbers = nn.Parameter(torch.zeros(count))
 
+    @torch.no_grad()
+    def set_to(self, shift: Tensor, scale: Tensor) -> TriangularAffine:
+        """Make it x = shift + scale z, the scale a number a feature or a lower triangular matrix; returns itself."""
+        if self.net is not None:
+            raise ValueError("TriangularAffine.set_to expects free parameters; this one is a function of the context")
+        diagonal = scale if scale.dim() < 2 else scale.diagonal()
+        below = scale[self.rows, self.columns] if scale.dim() == 2 else scale.new_zeros(len(self.rows))
+        self.numbers.copy_(torch.cat([shift, raw_scale(diagonal), below]))
+        return self
+
     def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """m `(*batch, d)`, L `(*batch, d, d)` and sum log diag L `(*batch,)`; no batch dims without a context."""
         numbers = self.numbers if self.net is None or context is None else self.net(context)[0]
         d = self.data_shape[0]  # type: ignore[index]
         shift, raw, below = numbers.split([d, d, numbers.shape[-1] - 2 * d], -1)
-        scale = F.softplus(raw + _UNIT_SOFTPLUS)
+        scale = unit_softplus(raw)
         lower = torch.diag_embed(scale)
         index = self.rows * d + self.columns
         lower = lower.flatten(-2).index_add(-1, index, below).unflatten(-1, (d, d))
