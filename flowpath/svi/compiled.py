@@ -173,6 +173,7 @@ class CompiledSVI:
             )
         if {id(p) for p in params} != {id(p) for p in problem.params}:
             self._forget(params)
+        params = problem.params
         self._names = [(n, p) for n, p in found.items() if n in pyro.get_param_store()]
         self._updates.cover(params)
         self._updates.step(params, [p.grad for p in params])

@@ -136,6 +136,13 @@ def drop_dead(graph: Graph, *, draws: bool = False) -> None:
             graph.erase_node(node)
 
 
+def writes_outside(graph: Graph) -> bool:
+    """Whether a run changes its arguments, as a batch normalisation its running means."""
+    storages = Storages(graph)
+    outside = {storages.root(n) for n in graph.nodes if n.op in ("placeholder", "get_attr")}
+    return bool(outside & storages.written) or any("batch_norm" in name_of(n) for n in graph.nodes)
+
+
 def merge_common(graph: Graph) -> None:
     """Compute equal terms once: ops with equal arguments on memory that is never written to."""
     storages = Storages(graph)

@@ -59,7 +59,9 @@ class Traced:
         random: names of the random ops inside, whose law hangs on a value. All others are drawn before a call.
     """
 
-    def __init__(self, module: GraphModule, spec: Any, held: list[Tensor], noise: GraphModule | None) -> None:
+    def __init__(
+        self, module: GraphModule, spec: Any, held: list[Tensor], noise: GraphModule | None, writes: bool
+    ) -> None:
         self.module, self.held = module, held
         self._spec, self._draw = spec, noise
         self.constants: tuple[Constant, ...] = ()
@@ -67,6 +69,8 @@ class Traced:
         self._inputs: list[Any] = []
         self._out: Any = None
         self._quick = quickened(module)
+        # Where nothing outside is written to, the graph runs below autograd's bookkeeping of views and versions too.
+        self._guard: Callable[[], Any] = torch.no_grad if writes else _below_autograd
 
     def __call__(self, *inputs: Any) -> Any:
         """What the function returns, a pytree of tensors."""
@@ -93,8 +97,9 @@ class Traced:
 
     def run(self, inputs: list[Tensor]) -> list[Any]:
         """The flat results for the flat input tensors: unchecked, for loops."""
-        with torch.no_grad():
-            return self._quick(*inputs, *self.held, *self.noise())
+        noise = self.noise()
+        with self._guard():
+            return self._quick(*inputs, *self.held, *noise)
 
     def compiled(self, inputs: Sequence[Tensor]) -> Callable[[list[Tensor]], list[Any]]:
         """`run` through torch's inductor: C++ on a CPU, Triton and CUDA graphs on a GPU.
@@ -194,7 +199,7 @@ def _finish(recorded: GraphModule, spec: Any, known: list[Tensor], num_inputs: i
             graph.erase_node(node)
     held = [x for x, node in zip(held, used, strict=True) if node.users]
     recorded.recompile()
-    traced = Traced(recorded, spec, held, noise)
+    traced = Traced(recorded, spec, held, noise, graphs.writes_outside(graph))
     traced.constants = tuple(constants)
     traced.random = tuple(dict.fromkeys(graphs.name_of(n) for n in graph.nodes if graphs.is_random(n)))
     return traced
@@ -302,6 +307,9 @@ def kept(tensors: Sequence[Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for x, copy in before:
                 x.copy_(copy)
+
+
+_below_autograd: Callable[[], Any] = getattr(torch._C, "_AutoDispatchBelowAutograd", torch.no_grad)
 
 
 def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
