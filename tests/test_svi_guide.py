@@ -376,7 +376,7 @@ def test_state_dict_of_a_function_wants_setup() -> None:
 
 
 def test_state_dict_of_another_size_is_refused() -> None:
-    with pytest.raises(ValueError, match="of 2 latents got a state_dict of 12"):
+    with pytest.raises(ValueError, match="got a state_dict of"):
         AutoFlow(shifted).setup().load_state_dict(AutoFlow(schools).setup().state_dict())
     with pytest.raises(ValueError, match="holds a flow of 12 latents, this model has 2"):
         loaded = AutoFlow(shifted)
@@ -451,8 +451,8 @@ def test_svi_learns(elbo: type) -> None:
 
     guide = AutoFlow(model)
     many = elbo(num_particles=16, vectorize_particles=True, max_plate_nesting=0)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.03}), many)
-    for _ in range(200):
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.04}), many)
+    for _ in range(100):
         svi.step()
     want = 2.0 / 2.25  # E[z_i] = y / (2 + 0.25)
     assert torch.allclose(guide.sample(4000)["z"].mean(0), torch.tensor([want, want]).double(), atol=0.25)
@@ -468,13 +468,13 @@ def test_torch_optimiser_by_the_module_form() -> None:
     loss_fn = fp.svi.PathELBO(num_particles=4)(model, guide)
     optimizer = torch.optim.Adam(loss_fn.parameters(), 0.02)
     losses = []
-    for _ in range(60):
+    for _ in range(30):
         optimizer.zero_grad()
         loss = loss_fn()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[-15:]) < sum(losses[:15])
+    assert sum(losses[-8:]) < sum(losses[:8])
 
 
 @pytest.mark.parametrize("parallel", [True, False], ids=["parallel", "sequential"])
@@ -530,9 +530,10 @@ def test_blocked_enumeration() -> None:
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_jit_elbo() -> None:
     guide = AutoFlow(schools).setup()
-    elbo = pyro.infer.JitTrace_ELBO(ignore_jit_warnings=True)
+    kwargs: dict[str, Any] = {"num_particles": 4, "vectorize_particles": True, "max_plate_nesting": 1}
+    elbo = pyro.infer.JitTrace_ELBO(**kwargs, ignore_jit_warnings=True)
     svi = SVI(schools, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
-    assert all(torch.isfinite(torch.tensor(svi.step())) for _ in range(2))
+    assert all(torch.isfinite(torch.tensor(svi.step())) for _ in range(4))
 
 
 def test_make_fx_traces_a_step() -> None:

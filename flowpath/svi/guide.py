@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,25 +15,18 @@ from torch import Tensor
 from torch.distributions import Transform as TorchTransform
 from torch.distributions import biject_to
 
-from flowpath.architectures import architectures
 from flowpath.bases import StandardNormal
 from flowpath.checks import check_count
 from flowpath.distribution import FlowDistribution
 from flowpath.flow import Flow
 from flowpath.interop import to_torch
+from flowpath.svi.late import BuiltLate, affine_layer, check_recipe, make_flow
 from flowpath.svi.prototype import FlatStart, check_prototype, kind_of
 from flowpath.transform import Chain
-from flowpath.transforms.linear import Permutation, TriangularAffine
-from flowpath.transforms.low_rank import LowRankAffine
-from flowpath.transforms.normalization import ActNorm, Whiten
-
-FULL_RANK_UP_TO = 256
-RANK_ABOVE = 16
-_UNASKED = torch.float16  # the dtype of the anchor until somebody calls .double() or .float()
-_serial = itertools.count()
+from flowpath.transforms.linear import Permutation
 
 
-class AutoFlow(AutoContinuous):
+class AutoFlow(BuiltLate, AutoContinuous):
     r"""A guide that is a flow over the packed, unconstrained latents u of a model.
 
     .. math:: u = m + L\, g_\phi(\varepsilon), \qquad \varepsilon \sim N(0, I)
@@ -73,9 +64,6 @@ class AutoFlow(AutoContinuous):
         (torch.Size([100]), torch.Size([]))
     """
 
-    flow: Flow | None
-    _anchor: Tensor
-
     def __init__(
         self,
         model: Callable[..., Any],
@@ -86,7 +74,7 @@ class AutoFlow(AutoContinuous):
         rank: int | None = None,
         **options: Any,
     ) -> None:
-        _check_recipe(flow, options)
+        check_recipe("AutoFlow", flow, options)
         if not callable(model):
             raise TypeError(f"AutoFlow expects a Pyro model, got {type(model).__name__}")
         if not isinstance(init_scale, (int, float)) or not init_scale > 0:
@@ -96,11 +84,8 @@ class AutoFlow(AutoContinuous):
         start = FlatStart(init_loc_fn)
         super().__init__(model, init_loc_fn=start)
         self._start: FlatStart | None = start
-        self._recipe, self._options, self._init_scale, self._rank = flow, options, float(init_scale), rank
-        self.register_buffer("_anchor", torch.zeros((), dtype=_UNASKED), persistent=False)
-        self.flow = None
-        self.latent_dim = 0
-        self._name_apart()
+        self._init_scale, self._rank, self.latent_dim = float(init_scale), rank, 0
+        self._begin(flow, options)
 
     def setup(self, *args: Any, **kwargs: Any) -> AutoFlow:
         """Look at the model once, given its arguments, and make the parameters; returns itself."""
@@ -195,113 +180,24 @@ class AutoFlow(AutoContinuous):
             loc = self._init_loc()
             dtype, device = kind_of(self.model, prototype, args, kwargs)
         if self.flow is None:
-            self._build(self.latent_dim, *self._asked(dtype, device))
-            self._affine.set_to(loc, torch.full_like(loc, self._init_scale))
+            flow = self._build({"latents": self.latent_dim}, *self._asked(dtype, device))
+            affine: Any = flow.transform.transforms[0]  # type: ignore[index]
+            affine.set_to(loc, torch.full_like(loc, self._init_scale))
         elif self.flow.event_shape != (self.latent_dim,):
             raise ValueError(
                 f"AutoFlow holds a flow of {self.flow.event_shape[0]} latents, this model has {self.latent_dim}"
             )
 
-    def _asked(self, dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, torch.device]:
-        """What `.to`, `.double` and the like asked for before the first look, else what the model has."""
-        anchor = self._anchor
-        return (
-            dtype if anchor.dtype == _UNASKED else anchor.dtype,
-            device if anchor.device.type == "cpu" else anchor.device,
-        )
-
-    def _build(self, features: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.latent_dim = features
-        inner = _make(self._recipe, features, self._options)
-        rank = self._rank if self._rank is not None or features <= FULL_RANK_UP_TO else RANK_ABOVE
-        affine = TriangularAffine(features) if rank is None else LowRankAffine(features, min(rank, features))
-        flow = Flow(Chain([affine, inner.transform]), inner.base)
-        self.flow = flow.to(dtype=dtype, device=device)
-
     @property
-    def _affine(self) -> TriangularAffine | LowRankAffine:
-        return self._ready().transform.transforms[0]  # type: ignore[index, return-value]
+    def _sizes(self) -> dict[str, int]:
+        return {"latents": self.latent_dim}
 
-    def _ready(self) -> Flow:
-        flow = self.flow
-        if flow is None:
-            raise ValueError("AutoFlow has not seen its model yet; call guide.setup(*args), or the guide itself, first")
-        return flow
+    def _compose(self, sizes: dict[str, int]) -> Flow:
+        self.latent_dim = sizes["latents"]
+        inner = make_flow("AutoFlow", self._recipe, self.latent_dim, 0, self._options)
+        return Flow(Chain([affine_layer(self.latent_dim, self._rank), inner.transform]), inner.base)
 
     def _sites(self) -> list[tuple[str, Any]]:
         if self.prototype_trace is None:
             raise ValueError("AutoFlow has not seen its model yet; call guide.setup(*args), or the guide itself, first")
         return list(self.prototype_trace.iter_stochastic_nodes())
-
-    # --- saving and copying --------------------------------------------------------------------------------------
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """What `state_dict` needs beside the parameters: how many latents, in which dtype."""
-        if self.flow is None:
-            return {"latents": 0}
-        return {"latents": self.latent_dim, "dtype": str(self.flow.base.like.dtype).removeprefix("torch.")}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Build the flow that a saved `state_dict` is of, where the guide has not seen its model yet."""
-        features = state["latents"]
-        if self.flow is None and features:
-            if not isinstance(self._recipe, str):
-                raise ValueError(
-                    "AutoFlow built of a function cannot know what a state_dict needs; call guide.setup(*args) first"
-                )
-            dtype, device = self._asked(getattr(torch, state["dtype"]), self._anchor.device)
-            self._build(features, dtype, device)
-        elif self.flow is not None and features != self.latent_dim:
-            raise ValueError(f"AutoFlow of {self.latent_dim} latents got a state_dict of {features}")
-
-    def __getstate__(self) -> dict[str, Any]:
-        recipe = self._recipe if isinstance(self._recipe, str) else None
-        modules = self._modules | {"flow": copy.deepcopy(self._modules.get("flow"))}  # less what Pyro hangs on tensors
-        drop = {"_model": None, "_start": None, "master": None, "_recipe": recipe}
-        return self.__dict__ | drop | ({"_modules": modules} if "flow" in self._modules else {})
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._name_apart()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        new.__dict__ |= {"_model": self._model, "_start": self._start, "_recipe": self._recipe}
-        return new
-
-    def _name_apart(self) -> None:
-        """A name of its own in Pyro's store, where guides of one name would share parameters."""
-        i = next(_serial)
-        self._pyro_name = f"{type(self).__name__}{i or ''}"
-
-
-def _check_recipe(flow: Any, options: dict[str, Any]) -> None:
-    if isinstance(flow, str):
-        if flow not in architectures:
-            raise ValueError(f"AutoFlow expects an architecture of {', '.join(sorted(architectures))}, got {flow!r}")
-        if "whiten" in options:
-            raise ValueError("AutoFlow whitens by its own affine layer; drop whiten=")
-    elif isinstance(flow, Flow) or not callable(flow):
-        raise TypeError(
-            f"AutoFlow expects flow= as the name of an architecture or a function (features, context) -> Flow, got "
-            f"{type(flow).__name__}"
-        )
-    elif options:
-        raise TypeError(f"AutoFlow takes options ({', '.join(options)}) for a named architecture only")
-
-
-def _make(recipe: str | Callable[[int, int], Flow], features: int, options: dict[str, Any]) -> Flow:
-    """The flow inside the affine layer."""
-    if isinstance(recipe, str):
-        return architectures[recipe](features, whiten="none", **options)
-    flow = recipe(features, 0)
-    if not isinstance(flow, Flow) or flow.event_shape != (features,) or flow.context:
-        raise ValueError(f"AutoFlow expects its function to return a Flow of {features} features and no context")
-    if not flow.has_rsample:
-        raise ValueError(f"AutoFlow needs a flow with rsample; its base {type(flow.base).__name__} has none")
-    unset = [type(m).__name__ for m in flow.modules() if isinstance(m, (Whiten, ActNorm))]
-    if unset:
-        raise ValueError(f'AutoFlow never shows its flow data to set {unset[0]} from; build it with whiten="none"')
-    return flow

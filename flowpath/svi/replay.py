@@ -96,12 +96,25 @@ class Recording:
         The log densities of Delta sites are left out: they are no densities, and keep their whole gradient.
         """
         with torch.enable_grad():
+            alone = self._flows_alone()
+            if alone is not None:
+                return alone
             trace, leaves = self.again(args, kwargs)
             if not leaves:
                 return {}
             terms = [t for t in (q.sum() for _, q in self.log_q(trace, leaves)) if t.requires_grad]
             slopes = torch.autograd.grad(terms, list(leaves.values()), allow_unused=True) if terms else []
             return self.along(leaves, slopes) if terms else {}
+
+    def _flows_alone(self) -> dict[str, Tensor] | None:
+        """The same without a second run, where every draw is of a flow whose context no other draw reaches."""
+        drawn = {n: s for n, s in latents(prune_subsample_sites(self.trace)) if not is_delta(s["fn"])}
+        if not set(drawn) <= set(self.recorder.flows):
+            return None
+        values = [site["value"] for site in drawn.values()]
+        if len(drawn) > 1 and any(reaches(s["fn"].context, v) for s in drawn.values() for v in values):
+            return None
+        return {n: scaled(_along_event(s, self.recorder.flows[n][2]()), s).sum() for n, s in drawn.items()}
 
     def along(self, leaves: dict[str, Tensor], slopes: Sequence[Tensor | None]) -> dict[str, Tensor]:
         """z . slope by site, a scalar each, for slopes at the leaves."""
@@ -119,11 +132,16 @@ class Recording:
             context = getattr(site["fn"], "context", None)
             if name in self.recorder.flows and not any(reaches(context, leaf) for leaf in leaves.values()):
                 _, value, score = self.recorder.flows[name]
-                log_q = (leaves[name] * score()).flatten(-site["fn"].event_dim).sum(-1)
+                log_q = _along_event(site, score())
                 log_q = value.detach() + (log_q - log_q.detach())
             else:
                 log_q = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
             yield name, scaled(log_q, site)
+
+
+def _along_event(site: Site, slope: Tensor) -> Tensor:
+    """value . slope over the event dims, `(*batch,)`."""
+    return (site["value"] * slope).flatten(-site["fn"].event_dim).sum(-1)
 
 
 def scaled(log_prob: Tensor, site: Site) -> Tensor:
