@@ -4,6 +4,7 @@ from flowpath import _pyro  # noqa: F401  before Pyro
 
 # isort: split
 from flowpath.svi.amortized import AmortizedFlow
+from flowpath.svi.compiled import CompiledSVI
 from flowpath.svi.density import ModelDensity, ModelError
 from flowpath.svi.dreg import DRegELBO
 from flowpath.svi.elbo import PathELBO, PathGraphELBO, PathMixin
@@ -16,6 +17,7 @@ from flowpath.svi.refining import Refined
 __all__ = [
     "AmortizedFlow",
     "AutoFlow",
+    "CompiledSVI",
     "DRegELBO",
     "ModelDensity",
     "ModelError",

@@ -81,6 +81,10 @@ class DRegELBO(Watch, ELBO):
             loss, surrogate = self._loss_and_surrogate(model, guide, args, kwargs)
         return loss + (surrogate - surrogate.detach())
 
+    def loss_and_surrogate(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The bound's negative, and a scalar whose gradient is the estimate: nothing in it reads a tensor's value."""
+        return self._loss_and_surrogate(model, guide, args, kwargs)
+
     def _loss_and_surrogate(
         self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:

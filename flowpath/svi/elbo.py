@@ -135,7 +135,11 @@ class PathMixin(Watch, ELBO):
 
         `loss_and_grads` and `differentiable_loss` call it every `update_every` steps.
         """
-        weight = least_variance_weight(*(self._half_batch(model, guide, args, kwargs) for _ in range(2)))
+        return self.take_half_batches(*(self._half_batch(model, guide, args, kwargs) for _ in range(2)))
+
+    def take_half_batches(self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
+        """Move the "auto" weight by flat path and score gradients of two half batches; returns the running average."""
+        weight = least_variance_weight(first, second)
         if math.isfinite(weight):
             self.updates += 1
             self.weight = float(self.weight + (float(weight) - self.weight) / min(self.updates, 10))

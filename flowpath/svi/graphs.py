@@ -122,18 +122,25 @@ def looks_like(x: Tensor, y: Tensor) -> bool:
     return (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
 
 
-def drop_dead(graph: Graph) -> None:
-    """Take out what no output, and no write to memory from outside, needs."""
+def drop_dead(graph: Graph, *, draws: bool = False) -> None:
+    """Take out what no output and no write to memory from outside needs; with `draws`, draws from generators too."""
     storages = Storages(graph)
     touched = {storages.root(n) for n in graph.nodes if n.op in ("placeholder", "get_attr")}
     live: set[Node] = set()
     for node in reversed(graph.nodes):
         written = {storages.root(a) for a in storages.writes.get(node, [])}
-        if node.op == "output" or node in live or written & touched:
+        if node.op == "output" or node in live or written & touched or (is_random(node) and not draws):
             live |= {node, *node.all_input_nodes}
             touched |= {storages.root(n) for n in node.all_input_nodes}
         elif node.op != "placeholder":
             graph.erase_node(node)
+
+
+def writes_outside(graph: Graph) -> bool:
+    """Whether a run changes its arguments, as a batch normalisation its running means."""
+    storages = Storages(graph)
+    outside = {storages.root(n) for n in graph.nodes if n.op in ("placeholder", "get_attr")}
+    return bool(outside & storages.written) or any("batch_norm" in name_of(n) for n in graph.nodes)
 
 
 def merge_common(graph: Graph) -> None:

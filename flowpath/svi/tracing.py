@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from warnings import catch_warnings, simplefilter
 
@@ -25,6 +26,24 @@ class TracingError(RuntimeError):
     """A function that cannot be traced: the message says why."""
 
 
+@dataclass(frozen=True)
+class Constant:
+    """A tensor with more than one element that a graph holds without having been told of it.
+
+    Args:
+        tensor: the tensor.
+        literal: whether the function made it, of numbers that are now fixed.
+    """
+
+    tensor: Tensor
+    literal: bool
+
+    def told(self, names: Mapping[int, str]) -> str:
+        """The constant in words, with its name where `names` has its id."""
+        name = names.get(id(self.tensor), "a literal" if self.literal else "a tensor")
+        return f"{name} {tuple(self.tensor.shape)}"
+
+
 class Traced:
     """A function as one graph of ATen ops: `trace` makes it.
 
@@ -35,19 +54,23 @@ class Traced:
         module: the graph; its arguments are the input tensors, then `held`, then the noise.
         held: tensors that the function reached without being given them: parameters, buffers, data in closures. They
             are read at each call, so steps of an optimiser and other writes in place are seen.
-        constants: names and shapes of the held tensors that were not announced as `live` and of literals, where they
-            have more than one element: another tensor under the same name would not be seen.
+        constants: held tensors that were not announced as `live`, and literals, of more than one element: another
+            tensor under the same name would not be seen.
         random: names of the random ops inside, whose law hangs on a value. All others are drawn before a call.
     """
 
-    def __init__(self, module: GraphModule, spec: Any, held: list[Tensor], noise: GraphModule | None) -> None:
+    def __init__(
+        self, module: GraphModule, spec: Any, held: list[Tensor], noise: GraphModule | None, writes: bool
+    ) -> None:
         self.module, self.held = module, held
-        self._spec, self._noise = spec, noise
-        self.constants: tuple[str, ...] = ()
+        self._spec, self._draw = spec, noise
+        self.constants: tuple[Constant, ...] = ()
         self.random: tuple[str, ...] = ()
         self._inputs: list[Any] = []
         self._out: Any = None
         self._quick = quickened(module)
+        # Where nothing outside is written to, the graph runs below autograd's bookkeeping of views and versions too.
+        self._guard: Callable[[], Any] = torch.no_grad if writes else _below_autograd
 
     def __call__(self, *inputs: Any) -> Any:
         """What the function returns, a pytree of tensors."""
@@ -63,28 +86,36 @@ class Traced:
             if describe(got) != expected:
                 raise ValueError(f"Traced expects {expected}, got {describe(got)}: trace the function again")
 
+    @property
+    def is_random(self) -> bool:
+        """Whether a call draws from a generator."""
+        return self._draw is not None or bool(self.random)
+
     def noise(self) -> list[Tensor]:
         """The draws of one call, from torch's global generator, in the order in which the function makes them."""
-        return [] if self._noise is None else self._noise.forward()
+        return [] if self._draw is None else self._draw.forward()
 
     def run(self, inputs: list[Tensor]) -> list[Any]:
         """The flat results for the flat input tensors: unchecked, for loops."""
-        with torch.no_grad():
-            return self._quick(*inputs, *self.held, *self.noise())
+        noise = self.noise()
+        with self._guard():
+            return self._quick(*inputs, *self.held, *noise)
 
     def compiled(self, inputs: Sequence[Tensor]) -> Callable[[list[Tensor]], list[Any]]:
         """`run` through torch's inductor: C++ on a CPU, Triton and CUDA graphs on a GPU.
 
         Compiles now, for a function of these inputs. Raises whatever the compiler raises.
         """
-        given = [*inputs, *self.held, *self.noise()]
         options: dict[str, Any] = {"fallback_random": bool(self.random)}
-        if any(x.is_cuda for x in given):
+        devices = _devices([*inputs, *self.held])
+        if devices:
             options["triton.cudagraphs"] = not self.random
-        with torch.no_grad(), validation_kept(), torch.random.fork_rng(_devices(given)), catch_warnings():
+        with torch.no_grad(), validation_kept(), torch.random.fork_rng(devices), catch_warnings():
             simplefilter("ignore", DeprecationWarning)  # torch's own
-            call = torch._inductor.compile(self.module, [x.detach() for x in given], options=options)
-            call(*given)
+            given: list[Any] = [x.detach() for x in (*inputs, *self.held, *self.noise())]
+            call = torch._inductor.compile(self.module, given, options=options)
+            with kept([*inputs, *self.held]):
+                call(*given)
 
         def run(inputs: list[Tensor]) -> list[Any]:
             with torch.no_grad():
@@ -93,7 +124,9 @@ class Traced:
         return run
 
 
-def trace(fn: Callable[..., Any], example_inputs: Sequence[Any], *, live: Iterable[Tensor] = ()) -> Traced:
+def trace(
+    fn: Callable[..., Any], example_inputs: Sequence[Any], *, live: Iterable[Tensor] = (), same_noise: bool = True
+) -> Traced:
     """Record what a function does to tensors, `torch.autograd.grad` inside it included, as one graph of ATen ops.
 
     The function is run once, with validation of distributions off; torch's generator and `live` tensors are put back.
@@ -106,6 +139,7 @@ def trace(fn: Callable[..., Any], example_inputs: Sequence[Any], *, live: Iterab
         fn: takes `*example_inputs`, returns a pytree of tensors.
         example_inputs: pytrees of tensors and of other values; the latter become part of the graph.
         live: tensors that fn reaches by itself and that may change in place: parameters, buffers.
+        same_noise: whether draws that nothing uses are made too, so that the generator goes on as after fn.
 
     Raises:
         TracingError: fn's control flow hangs on a tensor's value, or it does something that has no graph.
@@ -139,21 +173,22 @@ def trace(fn: Callable[..., Any], example_inputs: Sequence[Any], *, live: Iterab
         outputs.append(out)
         return results
 
-    with _kept(known), torch.random.fork_rng(_devices([*inputs, *known])), plain_tensors():
+    with kept(known), torch.random.fork_rng(_devices([*inputs, *known])), plain_tensors():
         try:
             recorded = make_fx(flat, tracing_mode="real")(stand_ins, known)
         except Exception as error:
             raise TracingError(_reason(error)) from error
-    traced = _finish(recorded, spec, known, len(inputs))
+    traced = _finish(recorded, spec, known, len(inputs), same_noise)
     traced._inputs, traced._out = [describe(x) for x in leaves], outputs[-1]
     return traced
 
 
-def _finish(recorded: GraphModule, spec: Any, known: list[Tensor], num_inputs: int) -> Traced:
+def _finish(recorded: GraphModule, spec: Any, known: list[Tensor], num_inputs: int, same_noise: bool) -> Traced:
     """Turn a recorded graph into one with all tensors as arguments and without what is not needed."""
     graph = recorded.graph
     graph.set_codegen(torch.fx.graph.CodeGen())
     held, constants = _hold(recorded, known)
+    graphs.drop_dead(graph, draws=not same_noise)
     for tidy in (graphs.drop_same, graphs.pin_shapes, graphs.drop_dead, graphs.merge_common, graphs.drop_dead):
         tidy(graph)
     graphs.separate_outputs(graph)
@@ -164,15 +199,16 @@ def _finish(recorded: GraphModule, spec: Any, known: list[Tensor], num_inputs: i
             graph.erase_node(node)
     held = [x for x, node in zip(held, used, strict=True) if node.users]
     recorded.recompile()
-    traced = Traced(recorded, spec, held, noise)
+    traced = Traced(recorded, spec, held, noise, graphs.writes_outside(graph))
     traced.constants = tuple(constants)
     traced.random = tuple(dict.fromkeys(graphs.name_of(n) for n in graph.nodes if graphs.is_random(n)))
     return traced
 
 
-def _hold(module: GraphModule, known: list[Tensor]) -> tuple[list[Tensor], list[str]]:
+def _hold(module: GraphModule, known: list[Tensor]) -> tuple[list[Tensor], list[Constant]]:
     """Make every tensor that the graph holds an argument of it, but for literals; describe those that are baked in."""
-    graph, held, constants = module.graph, list(known), []
+    graph, held = module.graph, list(known)
+    constants: list[Constant] = []
     after = [n for n in graph.nodes if n.op == "placeholder"][-1:]
     memory = {x.untyped_storage().data_ptr() for x in known}
     arguments: dict[int, Node] = {}
@@ -181,7 +217,7 @@ def _hold(module: GraphModule, known: list[Tensor]) -> tuple[list[Tensor], list[
         literal = all(u.target is graphs.aten.lift_fresh_copy.default for u in node.users)
         new = tensor.untyped_storage().data_ptr() not in memory and id(tensor) not in arguments
         if tensor.numel() > 1 and new:
-            constants.append(f"{'a literal' if literal else 'a tensor'} of shape {tuple(tensor.shape)}")
+            constants.append(Constant(tensor, literal))
         if literal:
             node.meta["literal"] = True
             continue
@@ -208,10 +244,10 @@ def _hoist(module: GraphModule) -> GraphModule | None:
     for node in graph.nodes:
         if node in moved:
             copies[node] = own.node_copy(node, lambda n: copies[n])
-    kept = [n for n in graph.nodes if n in moved and any(u not in moved for u in n.users)]
-    own.output([copies[n] for n in kept])
+    drawn = [n for n in graph.nodes if n in moved and any(u not in moved for u in n.users)]
+    own.output([copies[n] for n in drawn])
     after = [n for n in graph.nodes if n.op == "placeholder"][-1:]
-    for i, node in enumerate(kept):
+    for i, node in enumerate(drawn):
         with graph.inserting_after(after[-1]) if after else graph.inserting_before(next(iter(graph.nodes))):
             argument = graph.placeholder(f"noise_{i}")
         argument.meta.update(node.meta)
@@ -262,7 +298,7 @@ def _patched(owner: Any, name: str, new: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _kept(tensors: Sequence[Tensor]) -> Iterator[None]:
+def kept(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Put the values of buffers back that a run changes, such as those of a batch normalisation."""
     before = [(x, x.detach().clone()) for x in tensors if not x.requires_grad]
     try:
@@ -271,6 +307,9 @@ def _kept(tensors: Sequence[Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for x, copy in before:
                 x.copy_(copy)
+
+
+_below_autograd: Callable[[], Any] = getattr(torch._C, "_AutoDispatchBelowAutograd", torch.no_grad)
 
 
 def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +13,13 @@ from pyro.optim.optim import is_scheduler
 from torch import Tensor
 from torch.optim import Optimizer
 
+from flowpath.svi.kernels import ForeachClippedAdam, FusedSteps
+
 Factory = Callable[[list[Tensor]], Optimizer]
 
 # Their fused kernels compute what the loop over parameters computes, in one call.
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+_LISTS = 32  # lists of parameters that are kept ready for the fused kernel
 _RUNTIME = {"params", "fused", "foreach"}  # how a group is run, not what it computes
 
 
@@ -67,8 +69,10 @@ class Updates:
             if new := [p for p in params if id(p) not in known]:
                 self.torch.add_param_group({"params": new})
 
-    def step(self, params: Sequence[Tensor], grads: Iterable[Tensor | None]) -> None:
+    def step(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         """One step with these gradients, which are taken out of the parameters afterwards."""
+        if self._pyro is not None and self._pyro.step_fused(params, grads):
+            return
         for p, g in zip(params, grads, strict=True):
             p.grad = g
         if self._pyro is not None:
@@ -109,6 +113,7 @@ class _PyroGroups:
         self.single: dict[Tensor, dict[str, Any]] = {}  # parameter -> the group of its own optimiser
         self._rates: list[Any] = []
         self._fresh: list[Tensor] = []
+        self._fused: dict[int, tuple[Sequence[Tensor], FusedSteps]] = {}
 
     def cover(self, params: Sequence[Tensor]) -> None:
         """Make the single optimisers of new parameters as Pyro does, then the one over all."""
@@ -134,6 +139,7 @@ class _PyroGroups:
         return o.optim_objs[p].optimizer if is_scheduler(o.optim_objs[p]) else o.optim_objs[p]
 
     def _merge(self) -> None:
+        self._fused.clear()
         first = next(iter(self.single))
         kind = type(self._own(first))
         groups = self._groups()
@@ -161,10 +167,25 @@ class _PyroGroups:
         kinds = {(p.device.type, p.is_floating_point()) for p in self.single}
         return not chosen and kinds <= {("cpu", True), ("cuda", True)}
 
-    def step(self, params: Sequence[Tensor]) -> None:
-        """What PyroOptim's call does to each of the parameters, which hold their gradients."""
+    def step_fused(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> bool:
+        """The step by the fused kernel, for a list of parameters that has been stepped before; whether that could be.
+
+        The list is known by its identity, so it must not change.
+        """
+        self._follow_rates()
+        known = self._fused.get(id(params))
+        if known is None or known[0] is not params or any(g is None for g in grads):
+            return False
+        known[1].step(grads)  # type: ignore[arg-type]
+        return True
+
+    def _follow_rates(self) -> None:
         if [own.get("lr") for own in self.single.values()] != self._rates:
             self._regroup()
+
+    def step(self, params: Sequence[Tensor]) -> None:
+        """What PyroOptim's call does to each of the parameters, which hold their gradients."""
+        self._follow_rates()
         for p in params:
             clip = self.optimizer.grad_clip[p]
             if clip is not None:
@@ -172,9 +193,15 @@ class _PyroGroups:
         if self.merged is not None:
             self.merged.step()
             self._write_back(self.merged)
+            clips = any(self.optimizer.grad_clip[p] for p in params)
+            if not clips and FusedSteps.fits(self.merged, params) and all(p.grad is not None for p in params):
+                if len(self._fused) >= _LISTS:
+                    self._fused.clear()
+                self._fused[id(params)] = params, FusedSteps(self.merged, params)
 
     def _regroup(self) -> None:
         """A scheduler, or the user, has changed the settings of the single optimisers."""
+        self._fused.clear()
         if self.merged is not None:
             kept = {k: v for k, v in self.merged.param_groups[0].items() if k in _RUNTIME - {"params"}}
             self.merged.param_groups = [g | kept for g in self._groups()]
@@ -199,37 +226,3 @@ def _moved(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
     if isinstance(state.get("step"), Tensor):
         state["step"] = state["step"].to(p.device, torch.float32)
     return state
-
-
-class ForeachClippedAdam(ClippedAdam):
-    """Pyro's ClippedAdam, all parameters of a group in each kernel call."""
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step; a closure is not taken."""
-        for group in self.param_groups:
-            group["lr"] *= group["lrd"]
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update([p.data for p in params], [p.grad.data for p in params], params, group)
-
-    def _update(self, data: list[Tensor], grads: list[Tensor], params: list[Tensor], group: dict[str, Any]) -> None:
-        states = [self.state[p] for p in params]
-        for p, state in zip(data, states, strict=True):
-            if not state:
-                state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            state["step"] += 1
-        beta1, beta2 = group["betas"]
-        mean, square = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-        torch._foreach_clamp_min_(grads, -group["clip_norm"])
-        torch._foreach_clamp_max_(grads, group["clip_norm"])
-        if group["weight_decay"]:
-            grads = list(torch._foreach_add(grads, data, alpha=group["weight_decay"]))
-        torch._foreach_mul_(mean, beta1)
-        torch._foreach_add_(mean, grads, alpha=1 - beta1)
-        spread = torch._foreach_sub(grads, mean) if group["centered_variance"] else grads
-        torch._foreach_mul_(square, beta2)
-        torch._foreach_addcmul_(square, spread, spread, value=1 - beta2)
-        scale = torch._foreach_sqrt(square)
-        torch._foreach_add_(scale, group["eps"])
-        sizes = [-group["lr"] * math.sqrt(1 - beta2 ** s["step"]) / (1 - beta1 ** s["step"]) for s in states]
-        torch._foreach_addcdiv_(data, mean, scale, sizes)
