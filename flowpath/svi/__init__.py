@@ -13,6 +13,7 @@ from flowpath.svi.guide import AutoFlow
 from flowpath.svi.modules import module
 from flowpath.svi.posterior import Posterior
 from flowpath.svi.refining import Refined
+from flowpath.svi.tracing import Traced, TracingError, trace
 
 __all__ = [
     "AmortizedFlow",
@@ -26,6 +27,9 @@ __all__ = [
     "PathMixin",
     "Posterior",
     "Refined",
+    "Traced",
+    "TracingError",
     "fit_posterior",
     "module",
+    "trace",
 ]
