@@ -30,7 +30,7 @@ def fit_posterior(
     max_steps: int | None = 4000,
     time_limit: float | None = None,
     learning_rate: float = 1e-2,
-    particles: int = 128,
+    particles: int | None = None,
     transforms: int = 8,
     hidden_features: int = 48,
     draws: int = 10_000,
@@ -62,8 +62,9 @@ def fit_posterior(
         tolerance: KL, in nats, that is close enough.
         max_steps: gradient steps at most.
         time_limit: seconds at most, of training; what there is then is returned. Ctrl-C does the same.
-        learning_rate: Adam's peak step size, of the first round.
-        particles: draws a step in the first round; they double in the second and third.
+        learning_rate: Adam's peak step size, of the first round; for more than 50 latents it is lowered.
+        particles: draws a step in the first round; they double in the second and third. By default 128, fewer for more
+            than 50 latents.
         transforms, hidden_features: couplings of the flow and width of their conditioners.
         draws: fresh draws that it is judged on, at least 1,000.
         seeds: independent fits; the best is returned, and the verdict says where they disagree.
@@ -89,7 +90,7 @@ def fit_posterior(
         >>> abs(posterior.summary()["mu"]["mean"] - 2.0) < 0.05
         tensor(True)
     """
-    for name, count, least in (("draws", draws, 1000), ("seeds", seeds, 1), ("particles", particles, 2)):
+    for name, count, least in (("draws", draws, 1000), ("seeds", seeds, 1), ("particles", particles or 2, 2)):
         check_count("fit_posterior", name, count, least=least)
     if max_steps is not None:
         check_count("fit_posterior", "max_steps", max_steps)
@@ -106,8 +107,8 @@ def fit_posterior(
         whole, notes = _whole(density)
         settings = {
             "tolerance": tolerance,
-            "learning_rate": learning_rate * min(1.0, (50 / density.dim) ** 0.5),
-            "particles": particles,
+            "learning_rate": learning_rate * min(1.0, (50 / density.dim) ** 0.25),
+            "particles": particles or max(16, min(128, 6400 // density.dim)),
             "max_steps": max_steps,
             "deadline": None if time_limit is None else began + time_limit,
         }
