@@ -736,14 +736,14 @@ def test_keyword_arguments_and_structures() -> None:
     svi = plain(model, guide, adam(lr=1e-9), Trace_ELBO())
     data = {"x": TABLE[:5], "y": LABELS[:5]}
     for w in (1.0, 2.0, 3.0):
-        svi.step(data, weight=torch.tensor(w), name="w")
+        svi.step(data, weight=torch.tensor(w), name="term")
     assert svi.mode == "traced"
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        ours = svi.step(data, weight=torch.tensor(50.0), name="w")
+        ours = svi.step(data, weight=torch.tensor(50.0), name="term")
         torch.manual_seed(1)
         assert ours == pytest.approx(
-            Trace_ELBO().loss(model, guide, data, weight=torch.tensor(50.0), name="w"), rel=1e-6
+            Trace_ELBO().loss(model, guide, data, weight=torch.tensor(50.0), name="term"), rel=1e-6
         )
 
 
