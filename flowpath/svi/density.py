@@ -141,7 +141,7 @@ class ModelDensity:
         if self.mode == "vmap":
             graph = self._one_traced()
             rest = [*graph.held, *graph.noise()]
-            return torch.vmap(lambda row: graph.module(row, *rest)[0])(u)
+            return torch.vmap(lambda row: graph._module(row, *rest)[0])(u)
         return torch.stack([self.one(row) for row in u])
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from flowpath.scope import random
 from flowpath.svi.climbing import Climb, Progress, judge, weighted_draws
 from flowpath.svi.density import ModelDensity, ModelError
 from flowpath.svi.flows import posterior_flow
-from flowpath.svi.locating import Gaussian, locate
+from flowpath.svi.locating import DENSE, Gaussian, locate
 from flowpath.svi.posterior import Held, Posterior, apart
 from flowpath.svi.promotion import promoted
 
@@ -48,7 +48,7 @@ def fit_posterior(
 
     Latents may be continuous of any support, also one that depends on another latent; discrete ones that can be
     enumerated are summed out. The model's own parameters are taken as they are. Where the model runs in float64, all
-    of it is done there, and draws come back in the model's dtype. With a subsampling plate training uses minibatches,
+    of it is done there up to 300 latents, and draws come back in the model's dtype. With a subsampling plate training uses minibatches,
     and location and verdict the density of all rows.
 
     Path gradients: Roeder et al. 2017, arXiv:1703.09194. The recipe of a flow inside a Gaussian: "Advances in
@@ -102,7 +102,7 @@ def fit_posterior(
     began = time.monotonic()
     given = ModelDensity(model, args, dict(kwargs or {}), checked=True)
     with random(seed, False, given.device):
-        density = promoted(given)
+        density = promoted(given) if given.dim <= DENSE else given
         density.asked = given.dtype
         whole, notes = _whole(density)
         settings = {
