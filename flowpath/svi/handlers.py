@@ -45,11 +45,16 @@ class Site:
 
 
 class First(Messenger):
-    """Draws each latent from its prior, in the middle of its support where the prior is flat; at least as `dtype`."""
+    """Draws each latent from its prior, in the middle of its support where the prior is flat.
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    Args:
+        dtype: what it has at least.
+        device: where to put it, or None for where the prior is. Priors of numbers are nowhere, and drawn on the CPU.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | None) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
 
     def _pyro_sample(self, msg: Message) -> None:
         if msg["done"] or msg["is_observed"] or msg["value"] is not None or isinstance(msg["fn"], _Subsample):
@@ -60,7 +65,7 @@ class First(Messenger):
             value = middle(msg["fn"])
         if value.is_floating_point():
             value = value.to(torch.promote_types(value.dtype, self.dtype))
-        msg["value"], msg["done"] = value, True
+        msg["value"], msg["done"] = value if self.device is None else value.to(self.device), True
 
 
 def middle(fn: Distribution) -> Tensor:
@@ -127,3 +132,14 @@ def loud() -> Iterator[None]:
             yield
         finally:
             Distribution.set_default_validate_args(before)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors in this dtype, put back afterwards."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
