@@ -39,7 +39,7 @@ class ModelDensity:
     Args:
         model: the Pyro model.
         args, kwargs: what it is called with.
-        checked: whether the first run validates arguments and observations of the distributions, as Pyro does.
+        checked: whether observations must lie in the supports of their distributions.
 
     Attributes:
         sites: the continuous latents, name -> Site; dim: how many numbers they take unconstrained.
@@ -50,7 +50,7 @@ class ModelDensity:
 
     Raises:
         ModelError: no continuous latent, a discrete one that cannot be enumerated, local latents in a subsampling
-            plate, latents on more than one device.
+            plate, latents on more than one device, an observation off its support.
 
     Example:
         >>> import torch, flowpath as fp, pyro, pyro.distributions as dist
@@ -92,6 +92,8 @@ class ModelDensity:
 
     def direct(self, u: Tensor) -> Tensor:
         """log p by one run of the model: at u `(D,)` a scalar, at `(P, D)`, in a plate of points, `(P,)`."""
+        if self.discrete and len(u) == 1 and u.dim() == 2:  # sums over plates drop dims of size one
+            return self.direct(u[0]).unsqueeze(0)
         trace, place = self.run(u)
         if self.discrete:
             return place.ladj + _summed_out(trace, PARTICLES if u.dim() > 1 else None)
@@ -211,7 +213,7 @@ class ModelDensity:
                     found = self._seeded(functools.partial(self._by, mode), u)
                 except Exception:  # whatever a model raises where it does not broadcast
                     continue
-                if found.shape == wanted.shape and torch.allclose(found, wanted, close, close, equal_nan=True):
+                if found.shape == wanted.shape and _agree(found, wanted, close):
                     return mode
         self.notes.append("the model takes one point at a time, which is slow: let it broadcast over a leading plate")
         return "loop"
@@ -233,6 +235,10 @@ def _summed_out(trace: Trace, keep: str | None) -> Tensor:
     target = frozenset() if keep is None else frozenset({trace.plate_to_symbol[keep]})
     with shared_intermediates() as cache:
         return contract_to_tensor(terms, sums, target_ordinal=target, cache=cache)
+
+
+def _agree(found: Tensor, wanted: Tensor, close: float) -> bool:
+    return torch.allclose(found.double(), wanted.double(), close, close, equal_nan=True)
 
 
 def _cuda(device: torch.device) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.utils import _pytree as pytree
 
-from flowpath.svi.handlers import First, Site, loud, quiet
+from flowpath.svi.handlers import First, Site, quiet
 
 Trace: TypeAlias = Any  # Pyro's graph of messages
 
@@ -45,25 +44,34 @@ class Rows:
 
 
 def first_trace(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], checked: bool) -> Trace:
-    """A run of the model at draws of its prior; a flat prior has no dtype of its own and takes the data's."""
+    """A run of the model at draws of its prior, or in the middle of all supports where it fails there.
+
+    Args:
+        model, args, kwargs: what to run.
+        checked: whether observations are validated.
+    """
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     dtypes = [x.dtype for x in tensors if x.is_floating_point()]
     dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else torch.get_default_dtype()
     device = next((x.device for x in tensors if x.device.type != "cpu"), None)
-    try:
-        return _run(model, args, kwargs, checked, First(dtype, device))
-    except RuntimeError:  # a product of two dtypes, as of a flat prior's value and data in a closure
-        return _run(model, args, kwargs, checked, First(torch.float64, device))
+    failed: Exception | None = None
+    # A flat prior has no dtype of its own, so where the model's data are in a closure only a product tells.
+    for first in (First(d, device, drawn) for drawn in (True, False) for d in (dtype, torch.float64)):
+        try:
+            trace = _run(model, args, kwargs, first)
+        except ModelError:
+            raise
+        except (RuntimeError, ValueError) as error:  # LinAlgError is a RuntimeError
+            failed = failed or error
+            continue
+        if checked:
+            _validate(trace)
+        return trace
+    raise failed or RuntimeError("unreachable")
 
 
-def _run(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], checked: bool, first: First
-) -> Trace:
-    with ExitStack() as stack:
-        stack.enter_context(loud() if checked else quiet())
-        stack.enter_context(poutine.block())
-        tracer = stack.enter_context(poutine.trace())
-        stack.enter_context(first)
+def _run(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], first: First) -> Trace:
+    with quiet(), poutine.block(), poutine.trace() as tracer, first:
         try:
             model(*args, **kwargs)
         except (RuntimeError, NotImplementedError) as error:
@@ -71,6 +79,20 @@ def _run(
                 raise ModelError(_devices(tracer.trace, args, kwargs, error)) from error
             raise
     return tracer.trace
+
+
+def _validate(trace: Trace) -> None:
+    """Observations lie in the supports of their distributions."""
+    for site in scores(trace):
+        fn, value = site["fn"], site["value"]
+        if not site["is_observed"] or not isinstance(value, Tensor):
+            continue
+        off = int((~fn.support.check(value)).sum())
+        if off:
+            raise ModelError(
+                f"the observation at site {site['name']!r} has {off} values outside the support of its "
+                f"{type(fn).__name__}, {fn.support}"
+            )
 
 
 def _devices(trace: Trace, args: Any, kwargs: Any, error: Exception) -> str:
