@@ -6,6 +6,8 @@ import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from registry import CASES, HIDDEN, Case, each_architecture, normal, rough_flow, small_flow
@@ -173,3 +175,50 @@ def test_compiled_on_the_device(name: str) -> None:
     finally:
         torch._dynamo.reset()
         Distribution.set_default_validate_args(validate)
+
+
+def _hierarchy(y: torch.Tensor) -> None:
+    zero = y.new_zeros(())
+    mu = pyro.sample("mu", dist.Normal(zero, 5.0))
+    tau = pyro.sample("tau", dist.HalfNormal(zero + 2.0))
+    with pyro.plate("rows", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+
+@pytest.mark.parametrize("when", ["follows", "before", "after"])
+def test_auto_flow_is_on_the_device(when: str, pyro_store: None) -> None:
+    y = normal(8).to(GPU if when != "after" else "cpu")
+    guide = fp.svi.AutoFlow(_hierarchy, transforms=2, hidden_features=HIDDEN)
+    guide = guide.to(GPU) if when == "before" else guide
+    guide.setup(y)
+    guide = guide.to(GPU) if when == "after" else guide
+    assert {p.device.type for p in guide.parameters()} == {"cuda"}
+    elbo = fp.svi.PathELBO(num_particles=4, vectorize_particles=True)
+    svi = pyro.infer.SVI(_hierarchy, guide, pyro.optim.Adam({"lr": 1e-2}), elbo)
+    losses = [svi.step(y.to(GPU)) for _ in range(60)]
+    assert sum(losses[-10:]) < sum(losses[:10])
+    draws = guide.sample(10)
+    assert draws["theta"].device.type == "cuda" and guide.log_prob(draws).shape == (10,)
+    assert guide.median()["mu"].device.type == "cuda"
+
+
+def test_amortized_flow_is_on_the_device(pyro_store: None) -> None:
+    x = normal(40, 2).to(GPU)
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x), subsample_size=10, device=x.device) as i:
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x[i])
+
+    guide = fp.svi.AmortizedFlow(model, nn.Linear(2, 4).double().to(GPU), transforms=2, hidden_features=HIDDEN)
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), fp.svi.PathELBO(num_particles=2))
+    losses = [svi.step(x) for _ in range(60)]
+    assert sum(losses[-10:]) < sum(losses[:10]) and guide.sample(3, x)["z"].device.type == "cuda"
+
+
+def test_dreg_on_the_device(pyro_store: None) -> None:
+    y = normal(8).to(GPU)
+    guide = fp.svi.AutoFlow(_hierarchy, transforms=2, hidden_features=HIDDEN).setup(y)
+    found = fp.svi.DRegELBO(4).loss_and_grads(_hierarchy, guide, y)
+    assert torch.isfinite(torch.tensor(found)) and all(p.grad is not None for p in guide.flow.parameters())

@@ -95,6 +95,17 @@ def coin_guide(*args: Any) -> None:
     pyro.sample("z", dist.Bernoulli(logits=pyro.param("logit", torch.tensor(0.2))))
 
 
+def rows(x: Tensor) -> None:
+    with pyro.plate("rows", len(x), subsample_size=5) as i:
+        z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True).expand(*z.shape[:-1], 3), 0.5).to_event(1), obs=x[i])
+
+
+def amortized() -> Any:
+    torch.manual_seed(3)
+    return rows, fp.svi.AmortizedFlow(rows, nn.Linear(3, 4), transforms=2, hidden_features=(8,))
+
+
 def mixture(y: Tensor) -> None:
     w = pyro.sample("w", dist.Normal(y.new_zeros(3), 1.0).to_event(1))
     with pyro.plate("data", len(y)):
@@ -186,6 +197,17 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any], tuple[Tensor, ...]]
     "path, vae": (vae, lambda: PathELBO(estimator=fp.Pathwise(0.5)), (TABLE[:5],)),
     "path, auto": (autoguide(AutoNormal, schools), vectorised(PathELBO, update_every=2), (Y, S)),
     "dreg": (autoguide(AutoNormal, schools), lambda: DRegELBO(4), (Y, S)),
+    "auto flow": (
+        autoguide(fp.svi.AutoFlow, schools, transforms=2, hidden_features=(8,)),
+        vectorised(PathELBO, update_every=2),
+        (Y, S),
+    ),
+    "inverse flow": (
+        autoguide(fp.svi.AutoFlow, schools, flow="iaf", transforms=1, hidden_features=(12,)),
+        vectorised(PathELBO, estimator=fp.Pathwise(0.0)),
+        (Y, S),
+    ),
+    "amortized flow": (amortized, lambda: PathELBO(num_particles=2), (TABLE,)),
     "hierarchy with a flow": (
         lambda: (conditional, Hierarchy()),
         lambda: Trace_ELBO(num_particles=2),
@@ -220,8 +242,8 @@ def test_steps_are_pyros(case: str) -> None:
     ours, our_params, svi = fitted(plain, case)
     assert svi.mode == "traced", svi.reason
     assert ours == pytest.approx(losses, rel=1e-9)
-    for name, p in params.items():
-        torch.testing.assert_close(our_params[name], p, rtol=1e-7, atol=1e-9, msg=name)
+    for (name, p), (_, q) in zip(params.items(), our_params.items(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-7, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("case", ["mean field", "path", "vae"])
@@ -655,6 +677,84 @@ def test_nothing_to_train_is_an_error() -> None:
 
     with pytest.raises(ValueError, match="no gradient reaches a parameter"):
         plain(flips, fixed, adam(), Trace_ELBO()).step(Y[0])
+
+
+@pytest.mark.parametrize("by", ["step", "run"])
+def test_auto_compiles_when_the_saving_pays(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flowpath.svi import compiled, steps
+
+    asked: list[int] = []
+    monkeypatch.setattr(steps.Plan, "compile", lambda plan, tensors: asked.append(plan.steps))
+    monkeypatch.setattr(compiled, "has_compiler", lambda device: True)
+    svi = CompiledSVI(logistic, hand_guide, adam(), Trace_ELBO())
+    args = TABLE[:5], LABELS[:5]
+    svi.run(60, *args)
+    assert asked == []
+    monkeypatch.setattr(compiled, "_COST", 1e-6)
+    if by == "step":
+        svi.step(*args)
+    else:
+        svi = CompiledSVI(logistic, hand_guide, adam(), Trace_ELBO())
+        svi.run(400, *args)
+    assert len(asked) == 1
+
+
+def test_failed_compilation_is_told_and_leaves_it_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flowpath.svi import compiled, tracing
+
+    def fail(traced: Any, inputs: Any) -> None:
+        raise RuntimeError("no such instruction\nmore")
+
+    monkeypatch.setattr(tracing.Traced, "compiled", fail)
+    monkeypatch.setattr(compiled, "has_compiler", lambda device: True)
+    svi = CompiledSVI(logistic, hand_guide, adam(), Trace_ELBO(), compile=True)
+    svi.step(TABLE[:5], LABELS[:5])
+    with pytest.warns(UserWarning, match="runs traced, not compiled: RuntimeError: no such instruction"):
+        svi.step(TABLE[:5], LABELS[:5])
+    assert svi.mode == "traced"
+
+
+def test_arguments_that_are_arrays_go_on_as_pyro() -> None:
+    def model(y: Any) -> None:
+        logistic(TABLE[:5], torch.as_tensor(y))
+
+    svi = plain(model, hand_guide, adam(), Trace_ELBO())
+    with pytest.warns(UserWarning, match="arguments of type ndarray are neither tensors nor fixed values"):
+        svi.step(LABELS[:5].numpy())
+    svi.step(LABELS[:5].numpy())
+    assert svi.mode == "eager"
+
+
+def test_keyword_arguments_and_structures() -> None:
+    def model(data: dict[str, Tensor], *, weight: Tensor, name: str) -> None:
+        logistic(data["x"], data["y"])
+        pyro.factor(name, -weight * data["x"].square().mean())
+
+    def guide(*args: Any, **kwargs: Any) -> None:
+        hand_guide()
+
+    svi = plain(model, guide, adam(lr=1e-9), Trace_ELBO())
+    data = {"x": TABLE[:5], "y": LABELS[:5]}
+    for w in (1.0, 2.0, 3.0):
+        svi.step(data, weight=torch.tensor(w), name="term")
+    assert svi.mode == "traced"
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        ours = svi.step(data, weight=torch.tensor(50.0), name="term")
+        torch.manual_seed(1)
+        assert ours == pytest.approx(
+            Trace_ELBO().loss(model, guide, data, weight=torch.tensor(50.0), name="term"), rel=1e-6
+        )
+
+
+def test_gradient_hooks_go_on_as_pyro() -> None:
+    svi = plain(logistic, hand_guide, adam(), Trace_ELBO())
+    svi.step(TABLE[:5], LABELS[:5])
+    seen: list[Tensor] = []
+    pyro.param("loc").unconstrained().register_hook(seen.append)
+    with pytest.warns(UserWarning, match="'loc' has a hook on its gradient"):
+        svi.step(TABLE[:5], LABELS[:5])
+    assert len(seen) == 1
 
 
 def test_compile_takes_three_values() -> None:

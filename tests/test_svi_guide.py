@@ -458,7 +458,14 @@ def test_svi_learns(elbo: type) -> None:
     assert torch.allclose(guide.sample(4000)["z"].mean(0), torch.tensor([want, want]).double(), atol=0.25)
 
 
-def test_torch_optimiser_by_the_module_form() -> None:
+@pytest.mark.parametrize("local", [False, True], ids=["store", "module-local"])
+def test_torch_optimiser_by_the_module_form(local: bool) -> None:
+    with pyro.settings.context(module_local_params=local):
+        train_by_the_module_form()
+    assert (len(pyro.get_param_store()) == 0) == local
+
+
+def train_by_the_module_form() -> None:
     class Model(pyro.nn.PyroModule):
         def forward(self) -> None:
             schools()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from flowpath.checks import check_count
 from flowpath.estimators import Pathwise, least_variance_weight
-from flowpath.svi.modules import Watch
+from flowpath.svi.modules import Watch, leaf_of
 from flowpath.svi.replay import Recording, is_delta, latents, sites_of
 
 _HONOURED = (Trace_ELBO, TraceGraph_ELBO)
@@ -163,7 +163,7 @@ class PathMixin(Watch, ELBO):
             for model_trace, guide_trace in half._get_traces(model, guide, args, kwargs):
                 path = path + half._particle(model_trace, guide_trace)[1]
                 score = score + sum(s["score_term"] for s in guide_trace.nodes.values() if "score_term" in s)
-        params = {s["value"].unconstrained() for _, s in sites_of(capture.trace)}
+        params = {leaf_of(s["value"]) for _, s in sites_of(capture.trace)}
         params |= {p for m in (model, guide) if isinstance(m, nn.Module) for p in m.parameters() if p.requires_grad}
         return _flat_gradient(path, list(params)), _flat_gradient(score, list(params))
 

@@ -35,7 +35,7 @@ def fit_posterior(
     max_steps: int | None = 4000,
     time_limit: float | None = None,
     learning_rate: float = 1e-2,
-    particles: int = 128,
+    particles: int | None = None,
     transforms: int = 8,
     hidden_features: int = 48,
     draws: int = 10_000,
@@ -67,8 +67,9 @@ def fit_posterior(
         tolerance: KL, in nats, that is close enough.
         max_steps: gradient steps at most.
         time_limit: seconds at most, of training; what there is then is returned. Ctrl-C does the same.
-        learning_rate: Adam's peak step size, of the first round.
-        particles: draws a step in the first round; they double in the second and third.
+        learning_rate: Adam's peak step size, of the first round; for more than 50 latents it is lowered.
+        particles: draws a step in the first round; they double in the second and third. By default 128, fewer for more
+            than 50 latents.
         transforms, hidden_features: couplings of the flow and width of their conditioners.
         draws: fresh draws that it is judged on, at least 1,000.
         seeds: independent fits; the best is returned, and the verdict says where they disagree.
@@ -94,9 +95,8 @@ def fit_posterior(
         >>> abs(posterior.summary()["mu"]["mean"] - 2.0) < 0.05
         tensor(True)
     """
-    _check(max_steps, time_limit, tolerance, learning_rate)
-    for name, count, least in (("draws", draws, 1000), ("seeds", seeds, 1), ("particles", particles, 2)):
-        check_count("fit_posterior", name, count, least=least)
+    counts = {"draws": (draws, 1000), "seeds": (seeds, 1), "particles": (particles, 2), "max_steps": (max_steps, 1)}
+    _check(counts, tolerance=tolerance, learning_rate=learning_rate, time_limit=time_limit)
     began = time.monotonic()
     with random(seed, False, _generators()):
         given = ModelDensity(model, args, kwargs, checked=True)
@@ -105,8 +105,8 @@ def fit_posterior(
         task = _Task(density, *_whole(density), draws, transforms, hidden_features)
         settings = {
             "tolerance": tolerance,
-            "learning_rate": learning_rate * min(1.0, (50 / density.dim) ** 0.5),
-            "particles": particles,
+            "learning_rate": learning_rate * min(1.0, (50 / density.dim) ** 0.25),
+            "particles": particles or max(16, min(128, 6400 // density.dim)),
             "max_steps": max_steps,
             "deadline": None if time_limit is None else began + time_limit,
         }
@@ -121,14 +121,13 @@ def fit_posterior(
     return best
 
 
-def _check(max_steps: int | None, time_limit: float | None, tolerance: float, learning_rate: float) -> None:
-    if max_steps is not None:
-        check_count("fit_posterior", "max_steps", max_steps)
-    if not tolerance > 0.0 or not learning_rate > 0.0 or (time_limit is not None and not time_limit > 0.0):
-        raise ValueError(
-            f"fit_posterior expects tolerance, learning_rate and time_limit above 0, got {tolerance}, {learning_rate}, "
-            f"{time_limit}"
-        )
+def _check(counts: Mapping[str, tuple[int | None, int]], **positive: float | None) -> None:
+    for name, (count, least) in counts.items():
+        if count is not None:
+            check_count("fit_posterior", name, count, least=least)
+    for name, value in positive.items():
+        if value is not None and not value > 0.0:
+            raise ValueError(f"fit_posterior expects {name} above 0, got {value}")
 
 
 def _generators() -> torch.device:

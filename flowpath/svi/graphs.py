@@ -5,7 +5,8 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,9 +31,41 @@ LIKE = set(
 _EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
-def value(node: Any) -> Tensor:
-    """The fake tensor that stands for a node's value: its shape, strides, dtype and device."""
-    return node.meta["val"]
+class Facts(NamedTuple):
+    """What is known of a node's value."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, x: Any, *_: Any, **__: Any) -> Any:
+        """The facts of a tensor, also in lists; other values are left."""
+        if isinstance(x, (tuple, list)):
+            return type(x)(cls.of(v) for v in x) if type(x) in (tuple, list) else x
+        return cls(x.shape, tuple(x.stride()), x.dtype, x.device) if isinstance(x, Tensor) else x
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements lie row by row without gaps."""
+        expected = 1
+        for n, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if n != 1 and stride != expected:
+                return False
+            expected *= n
+        return True
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether one number stands at two places, as in an expanded tensor."""
+        return any(s == 0 and n > 1 for s, n in zip(self.strides, self.shape, strict=True))
+
+
+def value(node: Any) -> Facts:
+    """The facts of a node's value."""
+    known = node.meta["val"]
+    return known if isinstance(known, Facts) else Facts.of(known)
 
 
 def name_of(node: Node) -> str:
@@ -58,16 +91,24 @@ def _nodes_in(args: Any) -> Iterator[Node]:
             yield from _nodes_in(a)
 
 
+@cache
+def _aliases(op: OpOverload) -> tuple[tuple[int, str, bool], ...]:
+    """Place, name and whether it is written to, of the arguments whose memory an op may return or write to."""
+    named = enumerate(op._schema.arguments)
+    return tuple((i, a.name, bool(a.alias_info.is_write)) for i, a in named if a.alias_info is not None)
+
+
 def _sharing(node: Node) -> list[tuple[Node, bool]]:
     """The arguments whose memory an op may return or write to; with each, whether it writes."""
     if node.target is operator.getitem:
         return [(n, False) for n in _nodes_in(node.args[0])]
     if not isinstance(node.target, OpOverload):
         return []
-    schema = node.target._schema.arguments
-    given = {a.name: v for a, v in zip(schema, node.args, strict=False)} | dict(node.kwargs)
-    infos = [(given.get(a.name), a.alias_info) for a in schema if a.alias_info is not None]
-    return [(n, bool(info.is_write)) for value, info in infos for n in _nodes_in(value)]
+    found = []
+    for place, name, write in _aliases(node.target):
+        given = node.args[place] if place < len(node.args) else node.kwargs.get(name)
+        found += [(n, write) for n in _nodes_in(given)]
+    return found
 
 
 class Storages:
@@ -89,8 +130,9 @@ class Storages:
 
     def root(self, node: Node) -> Node:
         """One node for all that share its memory."""
-        while self._parent[node] is not node:
-            node = self._parent[node]
+        parent = self._parent
+        while (up := parent[node]) is not node:
+            node = parent[node] = parent[up]
         return node
 
     def is_own(self, node: Node) -> bool:
@@ -117,9 +159,9 @@ def drop_same(graph: Graph) -> None:
             replace(graph, node, node.args[0])
 
 
-def looks_like(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors have one shape, dtype and layout."""
-    return (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
+def looks_like(x: Facts, y: Facts) -> bool:
+    """Whether two values have one shape, dtype and layout."""
+    return (x.shape, x.dtype, x.strides) == (y.shape, y.dtype, y.strides)
 
 
 def drop_dead(graph: Graph, *, draws: bool = False) -> None:
@@ -176,11 +218,11 @@ def separate_outputs(graph: Graph) -> None:
         if not isinstance(node, Node):
             continue
         out = value(node)
-        if storages.root(node) in taken or any(s == 0 and n > 1 for s, n in zip(out.stride(), out.shape, strict=True)):
+        if storages.root(node) in taken or out.overlaps:
             with graph.inserting_before(output):
                 layout: dict[str, Any] = {"memory_format": torch.contiguous_format}
                 results[i] = graph.call_function(aten.clone.default, (node,), layout)
-            results[i].meta["val"] = out.contiguous()
+            results[i].meta["val"] = Facts.of(torch.empty(out.shape, dtype=out.dtype, device="meta"))
         taken.add(storages.root(node))
     output.args = (results,)
 
@@ -234,7 +276,7 @@ def pin_shapes(graph: Graph) -> None:
     """Let `empty_like(x)` and its kin name their shape, dtype and device, so that they need x no more."""
     for node in [n for n in graph.nodes if name_of(n) in LIKE]:
         out = value(node)
-        made = _maker(node, name_of(node), list(out.shape), list(out.stride()))
+        made = _maker(node, name_of(node), list(out.shape), list(out.strides))
         if made is None:
             continue
         with graph.inserting_before(node):
@@ -247,7 +289,7 @@ def _maker(node: Node, name: str, shape: list[int], strides: list[int]) -> tuple
     """The op and the arguments that give what a *_like op gives; None where there is none."""
     if "empty" in name:
         return aten.empty_strided.default, (shape, strides)
-    if not value(node).is_contiguous() or name == "randint_like":
+    if not value(node).is_contiguous or name == "randint_like":
         return None
     if name in ("rand_like", "randn_like"):
         return (aten.rand if name == "rand_like" else aten.randn).default, (shape,)

@@ -46,7 +46,7 @@ class AutoFlow(BuiltLate, AutoContinuous):
         init_loc_fn: where the latents start, as for Pyro's autoguides; flat priors start at 0, unconstrained.
         init_scale: the standard deviation of every unconstrained latent at the start.
         rank: None for a full-rank affine layer up to 256 latents and 16 columns above that; or a number of columns.
-        **options: for the named architecture: transforms, hidden_features, ...
+        **options: for the named architecture: transforms, hidden_features, ...; iaf has 3 layers of (64, 64), tanh.
 
     Raises:
         TypeError, ValueError: arguments of the wrong kind; from the first look: no latents, discrete ones, a support
@@ -67,7 +67,7 @@ class AutoFlow(BuiltLate, AutoContinuous):
     def __init__(
         self,
         model: Callable[..., Any],
-        flow: str | Callable[[int, int], Flow] = "realnvp",
+        flow: str | Callable[[int, int], Flow] = "iaf",
         *,
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,

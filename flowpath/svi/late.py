@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from pyro.infer.autoguide.guides import AutoGuide
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowpath.architectures import architectures
 from flowpath.flow import Flow
@@ -22,6 +22,14 @@ Recipe = str | Callable[[int, int], Flow]
 
 FULL_RANK_UP_TO = 256
 RANK_ABOVE = 16
+SIZES: dict[str, dict[str, Any]] = {
+    "realnvp": {"transforms": 6, "hidden_features": (64, 64)},
+    "iaf": {"transforms": 3, "hidden_features": (64, 64), "activation": nn.Tanh},
+    "maf": {"transforms": 3, "hidden_features": (64, 64)},
+    "nsf": {"transforms": 4, "hidden_features": (64, 64)},
+    "nsf_autoregressive": {"transforms": 3, "hidden_features": (64, 64)},
+}
+"""Sizes of the architectures as guides: smaller than for data, as measured (docs/pyro.md)."""
 _UNASKED = torch.float16  # the anchor's dtype until somebody calls .double() or .float()
 _serial = itertools.count()
 
@@ -137,7 +145,7 @@ def check_recipe(who: str, flow: Any, options: dict[str, Any]) -> None:
 def make_flow(who: str, recipe: Recipe | None, features: int, context: int, options: dict[str, Any]) -> Flow:
     """The flow inside the affine layer."""
     if isinstance(recipe, str):
-        return architectures[recipe](features, context, whiten="none", **options)
+        return architectures[recipe](features, context, whiten="none", **SIZES.get(recipe, {}) | options)
     flow = recipe(features, context) if recipe is not None else None
     if not isinstance(flow, Flow) or flow.event_shape != (features,) or flow.context != context:
         want = f"a context of {context}" if context else "no context"

@@ -156,7 +156,7 @@ def _quasi_newton(log_density: LogDensity, x: Tensor, steps: int) -> list[tuple[
 
     last = math.inf
     for i in range(steps):
-        loss = float(optimizer.step(closure))
+        loss = float(optimizer.step(closure).detach())
         if not math.isfinite(loss) or not bool(torch.isfinite(x).all()):
             break
         done = abs(last - loss) < 1e-4 * (1.0 + 1e-3 * abs(loss))

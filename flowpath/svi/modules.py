@@ -57,6 +57,11 @@ def module(name: str, flow: Flow) -> Flow:
     return flow
 
 
+def leaf_of(parameter: Any) -> Any:
+    """The tensor that an optimiser moves: that behind a param site's value, or itself (Pyro's module-local ones)."""
+    return parameter.unconstrained() if hasattr(parameter, "unconstrained") else parameter
+
+
 def flow_of(fn: Any) -> FlowDistribution | None:
     """The flow distribution that a site's distribution is, or wraps."""
     while not isinstance(fn, FlowDistribution):
@@ -100,7 +105,7 @@ def refuse_untrained(sites: Iterable[Any], reached: Iterable[nn.Parameter] = ())
         reached: parameters that are trained in another way.
     """
     sites = list(sites)
-    held = {id(site["value"].unconstrained()) for site in sites if site["type"] == "param"}
+    held = {id(leaf_of(site["value"])) for site in sites if site["type"] == "param"}
     held |= {id(p) for p in reached}
     for site in sites:
         q = flow_of(site["fn"]) if site["type"] == "sample" else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import Tensor
@@ -50,44 +51,44 @@ def quickened(module: GraphModule) -> Callable[..., list[Any]]:
     """The function of a graph's arguments that runs it op by op, quickly."""
     graph = Graph()
     graph.output(graph.graph_copy(module.graph, {}))
-    quick = GraphModule(module, graph)
-    fold(quick)
+    constants = {str(n.target): getattr(module, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
+    fold(graph, constants)
     drop_neutral(graph)
     join_views(graph)
     merge_common(graph)
     drop_dead(graph)
     call_short(graph)
-    quick.recompile()
-    return quick.forward
+    return GraphModule(constants, graph).forward
 
 
-def fold(module: GraphModule) -> None:
-    """Compute once what hangs on nothing from outside. Not what is random, written to, or handed to the caller."""
-    graph, storages = module.graph, Storages(module.graph)
-    closed = closed_nodes(graph)
+def fold(graph: Graph, constants: dict[str, Tensor]) -> None:
+    """Compute once what hangs on nothing from outside. Not what is random, written to, or handed to the caller.
+
+    Args:
+        graph: the graph; it gets `get_attr` nodes for what was computed.
+        constants: its constants by name; what was computed is added.
+    """
+    closed, storages = closed_nodes(graph), Storages(graph)
     values: dict[Node, Any] = {}
     for node in graph.nodes:
         if node not in closed or is_random(node) or not storages.is_own(node) or name_of(node) in LIKE:
             continue
         if node.op == "get_attr":
-            values[node] = getattr(module, str(node.target))
+            values[node] = constants[str(node.target)]
         elif all(n in values for n in sources(node)):
             args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
             with torch.no_grad():
                 values[node] = node.target(*args, **kwargs)
     for node, held in values.items():
         if node.op != "get_attr" and isinstance(held, Tensor) and any(u not in values for u in node.users):
-            _hold(module, node, held)
+            name = f"folded_{node.name}"
+            constants[name] = held
+            with graph.inserting_before(node), catch_warnings():
+                simplefilter("ignore")  # the graph has no module yet in which the name could be looked up
+                new = graph.get_attr(name)
+            new.meta.update(node.meta, literal=True, folded=held)
+            node.replace_all_uses_with(new)
     drop_dead(graph)
-
-
-def _hold(module: GraphModule, node: Node, held: Tensor) -> None:
-    name = f"folded_{node.name}"
-    module.register_buffer(name, held, persistent=False)
-    with module.graph.inserting_before(node):
-        new = module.graph.get_attr(name)
-    new.meta.update(node.meta, literal=True, folded=held)
-    node.replace_all_uses_with(new)
 
 
 def drop_neutral(graph: Graph) -> None:
@@ -116,7 +117,7 @@ def join_views(graph: Graph) -> None:
         if not isinstance(source, Node) or source.target is not node.target:
             continue
         first = source.args[0]
-        if node.target is aten.view.default and value(first).is_contiguous():
+        if node.target is aten.view.default and value(first).is_contiguous:
             node.args = (first, *node.args[1:])
         elif node.target is aten.t.default:
             node.replace_all_uses_with(first)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -156,24 +157,24 @@ class Plan:
         self.seconds = 0.0
         self.steps = self.checks = 0
         self.data = 0  # sets of data that were seen
-        self._half: Traced | None = None
+        self._half: Callable[[list[Tensor]], list[Any]] | None = None
 
     def _trace_support(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[[list[Tensor]], bool] | None:
         """A function that says whether the observed values lie in their supports."""
 
-        def inside(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-            with poutine.block():
-                guide = poutine.trace(self.problem.guide).get_trace(*args, **kwargs)
-                model = poutine.trace(poutine.replay(self.problem.model, trace=guide)).get_trace(*args, **kwargs)
-            observed: list[Any] = [model.nodes[n] for n in model.observation_nodes]
-            found = [s["fn"].support.check(s["value"]).all() for s in observed if s["value"] is not None]
-            return torch.stack(found).all() if found else torch.tensor(True)
+        def guided(*args: Any, **kwargs: Any) -> Any:
+            drawn = poutine.trace(self.problem.guide).get_trace(*args, **kwargs)
+            return poutine.replay(self.problem.model, trace=drawn)(*args, **kwargs)
 
-        try:
-            traced = trace(inside, [tuple(args), kwargs], live=self.live, same_noise=False)
-        except Exception:  # a support that is not defined, or hangs on values: the eager check stays
-            return None
+        for model in (self.problem.model, guided):  # priors are quicker to draw from; flat ones cannot be
+            try:
+                inside = partial(_inside, model)
+                return self._check_of(trace(inside, [tuple(args), kwargs], live=self.live, same_noise=False))
+            except Exception:  # a support that is not defined, or hangs on values: the eager check stays
+                continue
+        return None
 
+    def _check_of(self, traced: Traced) -> Callable[[list[Tensor]], bool]:
         def check(tensors: list[Tensor]) -> bool:
             if not traced.is_random:
                 return bool(traced.run(tensors)[0])
@@ -190,8 +191,9 @@ class Plan:
             def half(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
                 return elbo._half_batch(*parts, tuple(args), kwargs)
 
-            self._half = trace(half, [tuple(args), kwargs], live=self.live)
-        return self._half.run(tensors)
+            traced = trace(half, [tuple(args), kwargs], live=self.live)
+            self._half = traced.compiled(tensors) if self.compiled else traced.run
+        return self._half(tensors)
 
     def result(self, tensors: list[Tensor]) -> Result:
         """Loss and gradients, one for each of the problem's parameters."""
@@ -222,7 +224,16 @@ class Plan:
                 raise ArithmeticError(f"the compiled step is not the traced one: {difference}")
             times = [(_seconds(self.run, tensors), _seconds(run, tensors)) for _ in range(5)]
         if min(c for _, c in times) < min(t for t, _ in times):
-            self.run, self.compiled = run, True
+            self.run, self.compiled, self._half = run, True, None
+
+
+def _inside(model: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    """Whether all observed values lie in their supports, a scalar."""
+    with poutine.block():
+        sites = poutine.trace(model).get_trace(*args, **kwargs).nodes.values()
+    observed: list[Any] = [s for s in sites if s["type"] == "sample" and s["is_observed"]]
+    found = [s["fn"].support.check(s["value"]).all() for s in observed if s["value"] is not None]
+    return torch.stack(found).all() if found else torch.tensor(True)
 
 
 def _seconds(run: Callable[[list[Tensor]], list[Any]], tensors: list[Tensor]) -> float:

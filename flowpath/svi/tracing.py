@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
@@ -51,7 +52,7 @@ class Traced:
     dtypes. It runs without autograd; gradients that the function took itself (`torch.autograd.grad`) are part of it.
 
     Attributes:
-        module: the graph; its arguments are the input tensors, then `held`, then the noise.
+        graph: the graph; its arguments are the input tensors, then `held`, then the noise.
         held: tensors that the function reached without being given them: parameters, buffers, data in closures. They
             are read at each call, so steps of an optimiser and other writes in place are seen.
         constants: held tensors that were not announced as `live`, and literals, of more than one element: another
@@ -62,7 +63,7 @@ class Traced:
     def __init__(
         self, module: GraphModule, spec: Any, held: list[Tensor], noise: GraphModule | None, writes: bool
     ) -> None:
-        self.module, self.held = module, held
+        self._module, self.graph, self.held = module, module.graph, held
         self._spec, self._draw = spec, noise
         self.constants: tuple[Constant, ...] = ()
         self.random: tuple[str, ...] = ()
@@ -111,9 +112,10 @@ class Traced:
         if devices:
             options["triton.cudagraphs"] = not self.random
         with torch.no_grad(), validation_kept(), torch.random.fork_rng(devices), catch_warnings():
-            simplefilter("ignore", DeprecationWarning)  # torch's own
+            simplefilter("ignore")  # of torch about torch
             given: list[Any] = [x.detach() for x in (*inputs, *self.held, *self.noise())]
-            call = torch._inductor.compile(self.module, given, options=options)
+            self._module.recompile()
+            call = torch._inductor.compile(self._module, given, options=options)
             with kept([*inputs, *self.held]):
                 call(*given)
 
@@ -198,7 +200,6 @@ def _finish(recorded: GraphModule, spec: Any, known: list[Tensor], num_inputs: i
         if not node.users:
             graph.erase_node(node)
     held = [x for x, node in zip(held, used, strict=True) if node.users]
-    recorded.recompile()
     traced = Traced(recorded, spec, held, noise, graphs.writes_outside(graph))
     traced.constants = tuple(constants)
     traced.random = tuple(dict.fromkeys(graphs.name_of(n) for n in graph.nodes if graphs.is_random(n)))
@@ -273,6 +274,9 @@ def plain_tensors() -> Iterator[None]:
         stack.enter_context(_patched(pyro.util, "torch_isnan", lambda x: False))
         # What torch.export does too: code that branches on values takes its branch without.
         stack.enter_context(_patched(torch.compiler, "_is_compiling_flag", True))
+        # A node's fake tensor takes torch as long to make as all the rest; the passes need the four facts only.
+        if hasattr(proxy_tensor, "extract_val"):
+            stack.enter_context(_patched(proxy_tensor, "extract_val", graphs.Facts.of))
         stack.enter_context(_Items())
         yield
 
