@@ -17,6 +17,7 @@ from pyro.ops.contract import contract_to_tensor
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.fx import GraphModule
 
 from flowpath.svi.handlers import Place, default_dtype, quiet
 from flowpath.svi.looking import Trace, depth, first_trace, latents, scores, showing_part
@@ -84,7 +85,7 @@ class ModelDensity:
         self.asked, self.device = self.dtype, next(iter(values.values())).device
         self.dim = max(site.stop for site in self.sites.values())
         self.start = self._packed(values, first)
-        self._graph: Traced | None = None
+        self._graph: tuple[Traced, GraphModule] | None = None
         self.notes: list[str] = []
         self.mode = self._choose_mode()
 
@@ -123,15 +124,16 @@ class ModelDensity:
         if mode == "plate":
             return self.direct(u)
         if mode == "vmap":
-            graph = self._one_traced()
+            graph, module = self._one_traced()
             rest = [*graph.held, *graph.noise()]
-            return torch.vmap(lambda row: graph.module(row, *rest)[0])(u)
+            return torch.vmap(lambda row: module(row, *rest)[0])(u)
         return torch.stack([self.direct(row) for row in u])
 
-    def _one_traced(self) -> Traced:
+    def _one_traced(self) -> tuple[Traced, GraphModule]:
         """The one-point density as a graph, which torch.vmap can follow where it cannot follow Pyro."""
         if self._graph is None:
-            self._graph = trace(self.direct, [self.start])
+            graph = trace(self.direct, [self.start])
+            self._graph = graph, graph.module()
         return self._graph
 
     # -- a run of the model
