@@ -103,6 +103,8 @@ def fit_posterior(
     with random(seed, False, given.device):
         density = promoted(given)
         task = _Task(density, *_whole(density), draws, transforms, hidden_features)
+        if task.whole is None and max_steps is None and time_limit is None:
+            raise ValueError(f"fit_posterior: without max_steps or time_limit nothing ends this fit; {task.unjudged}")
         settings = {
             "tolerance": tolerance,
             "learning_rate": learning_rate * min(1.0, (50 / density.dim) ** 0.25),
@@ -172,7 +174,7 @@ class _Task:
         sites = list(self.density.sites.values())
         flow = posterior_flow(gaussian, sites, transforms=self.transforms, hidden_features=self.hidden_features)
         with _Bar(progress, settings["max_steps"]) as bar:
-            climbed = Climb(flow, self.density, **settings).run(bar.show)
+            climbed = Climb(flow, self.density, whole=self.whole, **settings).run(bar.show)
         flow.eval().requires_grad_(True)
         return self._judged(flow, climbed, gaussian)
 

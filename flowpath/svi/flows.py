@@ -18,6 +18,7 @@ from flowpath.transforms.coupling import Coupling
 from flowpath.transforms.elementwise import Affine, Elementwise
 from flowpath.transforms.linear import TriangularAffine
 from flowpath.transforms.normalization import Whiten
+from flowpath.transforms.spline import RationalQuadratic
 
 _LARGE_SITE = 50  # numbers from which on a site counts as one of many local latents
 
@@ -29,8 +30,8 @@ def posterior_flow(
 
     From the data to the noise: the Gaussian's location and scale, fixed; a trainable affine layer (full rank where the
     scale is a matrix); affine couplings with gated conditioners; and the noise's own width, which only `widen` sets.
-    Up to a few hundred latents each pair of couplings splits them at random in two halves; above it, global latents
-    are coupled among themselves and move the local ones.
+    A single latent is bent by a spline. Up to a few hundred latents each pair of couplings splits them at random in
+    two halves; above it, global latents are coupled among themselves and move the local ones.
 
     Args:
         gaussian: where to start.
@@ -62,8 +63,8 @@ def widen(flow: Flow, scale: float) -> None:
 
 def _coupling(mask: Sequence[bool], hidden: int) -> Transform:
     element, moved = Affine(log_bound=3.0), sum(mask)
-    if moved == len(mask):
-        return Elementwise(moved, element)
+    if moved == len(mask):  # of one feature: nothing conditions it, so an affine map would leave it Gaussian
+        return Elementwise(moved, RationalQuadratic(16, bound=5.0))
     net = GatedMLP(len(mask) - moved, moved, num_params=2, hidden_features=hidden)
     return Coupling(mask, element, net)
 

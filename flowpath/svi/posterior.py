@@ -199,13 +199,19 @@ class Posterior:
     def log_prob(self, at: Tensor | Mapping[str, Tensor]) -> Tensor:
         """log q at unconstrained points `(*batch, D)`; or at one value of all latents, whose density it then is.
 
-        For values, constrained, the density is that of the values: log q(u) - log |det dx / du|.
+        For values, constrained, the density is that of the values: log q(u) - log |det dx / du|. There is a gradient
+        where `at` is a tensor that asks for one.
+
+        Raises:
+            ValueError: values: a latent is missing or of another shape; or, after `load`, there is no model.
         """
         if isinstance(at, Tensor):
-            return self.flow.log_prob(at.to(self.flow.base.like))
+            with torch.set_grad_enabled(at.requires_grad and torch.is_grad_enabled()):
+                return self.flow.log_prob(at.to(self.flow.base.like))
         density = self._model()
-        u = density.pack(at)
-        return self.flow.log_prob(u.to(self.flow.base.like)) - density.ladj(u)
+        with torch.no_grad():
+            u = density.pack(at)
+            return self.flow.log_prob(u.to(self.flow.base.like)) - density.ladj(u)
 
     def summary(self) -> Summary:
         """Mean, sd, quantiles and Monte Carlo error of each latent, importance-corrected where k-hat allows."""
