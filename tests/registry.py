@@ -124,6 +124,11 @@ def residual(e: fp.Element) -> fp.Transform:
     return fp.Coupling([True, False, False], e, net)
 
 
+def gated(e: fp.Element, context: int = 0) -> fp.Transform:
+    net = fp.GatedMLP(2, 1, num_params=e.num_params, context=context, hidden_features=6)
+    return fp.Coupling([True, False, False], e, net, context=context)
+
+
 def foreign(e: fp.Element) -> fp.Transform:
     """A coupling whose conditioner is somebody else's module."""
     net = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, e.num_params))
@@ -183,6 +188,13 @@ def supports() -> Iterator[tuple[str, Case]]:
     yield "from-torch/affine", Case(lambda: fp.from_torch(real), promises=NOTHING)
 
 
+def set_to(mode: str) -> fp.Transform:
+    """A Whiten of given numbers instead of data."""
+    scale = torch.tensor([[2.0, 0.0, 0.0], [0.5, 1.0, 0.0], [-0.3, 0.2, 0.1]], dtype=torch.float64)
+    loc = torch.tensor([1.0, -2.0, 30.0], dtype=torch.float64)
+    return fp.Whiten(3, mode).set_to(loc, scale if mode == "full" else scale.diagonal())  # type: ignore[arg-type]
+
+
 def set_from_data(t: fp.Transform) -> fp.Transform:
     mixed = normal(50, 3) @ torch.tensor([[2.0, 0.5, 0.0], [0.0, 1.0, 0.3], [0.1, 0.0, 0.2]], dtype=torch.float64)
     return t.set_from(mixed + 3.0)  # type: ignore[operator]
@@ -206,9 +218,13 @@ def singles() -> Iterator[tuple[str, Case]]:
     yield "whiten-unset", Case(lambda: fp.Whiten(3))
     yield "whiten-diagonal", Case(lambda: set_from_data(fp.Whiten(3)), promises=NOTHING)
     yield "whiten-full", Case(lambda: set_from_data(fp.Whiten(3, "full")), promises=NOTHING)
+    yield "whiten-diagonal-given", Case(lambda: set_to("diagonal"), promises=NOTHING)
+    yield "whiten-full-given", Case(lambda: set_to("full"), promises=NOTHING)
     yield "actnorm-unset", Case(lambda: fp.ActNorm(3))
     yield "actnorm", Case(lambda: set_from_data(fp.ActNorm(3).double()), promises=NOTHING)
     yield "coupling-residual", Case(lambda: residual(fp.Affine()))
+    yield "coupling-gated", Case(lambda: gated(fp.Affine()))
+    yield "coupling-gated-context", Case(lambda: gated(fp.Affine(), 2), context=2)
     yield "coupling-foreign", Case(lambda: foreign(fp.Affine()), promises=NOTHING)
     yield "autoregressive-1", Case(lambda: autoregressive(fp.Affine(), features=1), features=1)
     yield "autoregressive-20", Case(lambda: autoregressive(fp.Affine(log_bound=0.5), features=20), features=20)

@@ -188,6 +188,16 @@ CALLS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         "Whiten.set_from expects at least 2 rows, got 1",
     ),
+    "whiten-given-shape": (
+        lambda: fp.Whiten(3).set_to(torch.zeros(3), torch.eye(3)),
+        ValueError,
+        "Whiten.set_to expects loc (3,) and scale (3,), got (3,) and (3, 3)",
+    ),
+    "whiten-given-scale": (
+        lambda: fp.Whiten(2, "full").set_to(torch.zeros(2), torch.tensor([[1.0, 0.0], [0.5, -1.0]])),
+        ValueError,
+        "Whiten.set_to expects a finite loc and a scale that is finite and positive, got",
+    ),
     "whiten-constant": (
         lambda: fp.Whiten(3).set_from(X),
         ValueError,
@@ -360,6 +370,12 @@ BUILDS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "mlp-dropout": (lambda: fp.MLP(2, 2, dropout=1.0), ValueError, "MLP expects dropout in [0, 1), got 1.0"),
     "mlp-params": (lambda: fp.MLP(2, 2, num_params=0), ValueError, "MLP expects num_params to be a whole number"),
+    "gated-hidden": (
+        lambda: fp.GatedMLP(2, 2, hidden_features=0),
+        ValueError,
+        "GatedMLP expects hidden_features to be a whole number of at least 1, got 0",
+    ),
+    "gated-nothing": (lambda: fp.GatedMLP(0, 2), ValueError, "GatedMLP expects in_features to be a whole number"),
     "residual-blocks": (lambda: fp.ResidualMLP(2, 2, blocks=0), ValueError, "ResidualMLP expects blocks to be a whole"),
     "residual-width": (
         lambda: fp.ResidualMLP(2, 2, hidden_features=(8, 8)),

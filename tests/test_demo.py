@@ -25,6 +25,7 @@ def test_leaves_every_file(quick: tuple[Path, dict]) -> None:
     folder, _ = quick
     tables = {"flow.safetensors", "table.json", "samples.csv", "scores.csv", "history.csv", "summary.json"}
     figures = {"known_log_density.png", "known_pairs.png", "histories.png", "digits.png", "report.html"}
+    figures |= {"eight_schools.png"}
     left = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert tables | figures <= set(left)
     assert min(left.values()) > 0
@@ -55,6 +56,17 @@ def test_scores_are_those_of_the_rows_held_out(quick: tuple[Path, dict]) -> None
 def test_a_demonstration_is_a_run(quick: tuple[Path, dict], tmp_path: Path) -> None:
     assert cli.main(["sample", str(quick[0]), "-n", "3", "--out", str(tmp_path / "mock.csv")]) == 0
     assert 'class="verdict' in (quick[0] / "report.html").read_text()
+
+
+def test_the_schools_posterior_is_saved_and_told(quick: tuple[Path, dict], capsys: pytest.CaptureFixture[str]) -> None:
+    """Posterior means of a run of NUTS, 10,000 draws of posteriordb, within half of what a quick fit is off by."""
+    folder, summary = quick
+    told = summary["eight schools"]
+    again = fp.svi.Posterior.load(folder / "schools", model=demo.schools.model, args=demo.schools.data())
+    assert again.verdict() == told["verdict"] and again.log_evidence == told["log evidence"]
+    assert told["log evidence"] == pytest.approx(-31.31, abs=0.3)
+    assert told["means"]["mu"] == pytest.approx(4.4, abs=0.8) and len(told["means"]["theta"]) == 8
+    assert again.predictive(torch.ones(2), num_samples=5)["effect"].shape == (5, 2)
 
 
 @pytest.mark.parametrize("part", ["known density", "handwritten digits"])

@@ -4,6 +4,8 @@ The table is scikit-learn's handwritten digits, 1797 pictures of 8 x 8 pixels wi
 by uniform noise on [0, 1), so that a density bounds the log probability of the pictures from below ("A note on the
 evaluation of generative models", Theis, van den Oord, Bethge 2015, arXiv:1511.01844). Why this table: a fit can be
 judged on it, see experiments/README.md.
+
+The third part hands a Pyro model to `fp.svi.fit_posterior`: eight schools, see flowpath/demo/schools.py.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ import torch
 from torch import Tensor
 
 from flowpath import plot, report, tables
+from flowpath.demo import schools
 from flowpath.demo.folded import Folded
 from flowpath.demo.rivals import FLOW, GAUSSIAN, MIXTURE, TRUTH, Kind, Mixture, Scores, choose_mixture, conclusion
 from flowpath.density import FlowDensity
 from flowpath.scope import versions
+from flowpath.svi.fitting import fit_posterior
 from flowpath.training.loop import State
 
 _SAMPLES = 1000
@@ -51,6 +55,7 @@ class Effort:
 
 
 DRAWS = 20_000
+SCHOOLS = 1200  # gradient steps at most
 KNOWN = Effort(
     {"epochs": 30, "batch_size": 256, "learning_rate": 2e-3, "transforms": 6, "hidden_features": (48, 48)},
     tuple(("full", k, 1e-3) for k in (10, 20, 40)),
@@ -72,11 +77,12 @@ TABLE = Effort(
 
 
 def main(out: str | os.PathLike[str], *, seed: int = 0, quick: bool = False) -> dict[str, Any]:
-    """Fit both flows, print how they compare, and leave what they gave in a folder.
+    """Fit three flows, print how they do, and leave what they gave in a folder.
 
     Args:
         out: the folder, made where it is missing: of the table a run as `flowpath fit` leaves it (flow.safetensors,
-            history.csv, report.html, ...), samples.csv and scores.csv of the rows held out; summary.json, and figures.
+            history.csv, report.html, ...), samples.csv and scores.csv of the rows held out; the posterior of the eight
+            schools in schools/; summary.json, and figures.
         seed: of draws, splits, fits and samples.
         quick: seconds of training instead of minutes; shows the steps, proves nothing.
 
@@ -88,12 +94,14 @@ def main(out: str | os.PathLike[str], *, seed: int = 0, quick: bool = False) -> 
     with _one_thread():
         known, first = _known_density(folder, seed, quick)
         table, second = _real_table(folder, seed, quick)
+        effects = _eight_schools(folder, seed, quick)
     histories = {"known density": first.result_.history, "handwritten digits": second.result_.history}
     plot.history(histories).savefig(folder / "histories.png")
     seconds = round(time.perf_counter() - start, 1)
     summary = {
         "known density": known,
         "handwritten digits": table,
+        "eight schools": effects,
         "seed": seed,
         "quick": quick,
         "seconds": seconds,
@@ -136,6 +144,20 @@ def _real_table(folder: Path, seed: int, quick: bool) -> tuple[dict[str, Any], F
     told = {**counts, "held-out rows": len(rows), **_told(scores, FLOW, model)}
     _leave(folder, model, table, scores.of[FLOW], seed)
     return told, model
+
+
+def _eight_schools(folder: Path, seed: int, quick: bool) -> dict[str, Any]:
+    """Part (c): a Pyro model in, a posterior out."""
+    errors, effects = schools.data()
+    print("\n3. Eight schools: the posterior of a Pyro model, whose density has no mode", flush=True)
+    steps = SCHOOLS // 20 if quick else SCHOOLS
+    posterior = fit_posterior(schools.model, errors, effects, max_steps=steps, seed=seed, progress=False)
+    print("   " + str(posterior).replace("\n", "\n   "))
+    schools.figure(posterior).savefig(folder / "eight_schools.png")
+    posterior.save(folder / "schools")
+    means = {name: columns["mean"].tolist() for name, columns in posterior.summary().items()}
+    numbers = {"log evidence": posterior.log_evidence, "ELBO": posterior.elbo, "k-hat": posterior.khat}
+    return {"verdict": posterior.verdict(), **numbers, "steps": posterior.steps, "means": means}
 
 
 def _told(scores: Scores, reference: str, model: FlowDensity) -> dict[str, Any]:

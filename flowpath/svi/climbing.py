@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +124,8 @@ class Climb:
         learning_rate: peak step size of the first round.
         particles: draws a step in the first round; later rounds double them.
         max_steps, deadline: gradient steps and time (of `time.monotonic`) at which it ends, or None.
+        whole: the log density of all the data, by which rounds are judged, where `log_density` takes minibatches. None
+            where it cannot be had: then rounds have an ELBO and no more, and the last weights are kept.
     """
 
     def __init__(
@@ -136,8 +138,9 @@ class Climb:
         particles: int,
         max_steps: int | None,
         deadline: float | None,
+        whole: LogDensity | None,
     ) -> None:
-        self.flow, self.log_density = flow, log_density
+        self.flow, self.log_density, self.whole = flow, log_density, whole
         self.tolerance, self.learning_rate, self.particles = tolerance, learning_rate, particles
         self.max_steps, self.deadline = max_steps, deadline
         self.parameters = trainable(flow)
@@ -245,16 +248,7 @@ class Climb:
 
     def _assess(self) -> None:
         """Judge the flow as it is on the same noise each time, choose its width, keep the best."""
-        like = self.flow.base.like
-        found = []
-        for extra in _WIDTHS:
-            width = 1.0 + extra * self._shrink
-            widen(self.flow, width)
-            generator = torch.Generator(like.device).manual_seed(0x5EED)
-            found.append((width, judge(log_weights(self.flow, self.log_density, 4 * _CHUNK, generator))))
-            if found[-1][1].khat < _LIGHT:
-                break
-        width, judged = _narrowest(found)
+        width, judged = self._chosen()
         widen(self.flow, width)
         p = self.progress
         p.history.append(
@@ -268,9 +262,26 @@ class Climb:
                 "seconds": time.monotonic() - self._began,
             }
         )
-        if judged.elbo > self._best[0] or not self._best[1]:
+        if self.whole is None or judged.elbo > self._best[0] or not self._best[1]:
             self._best = judged.elbo, {k: v.detach().clone() for k, v in self.flow.state_dict().items()}
         widen(self.flow, 1.0)
+
+    def _chosen(self) -> tuple[float, Judgement]:
+        found = []
+        for extra in _WIDTHS:
+            width = 1.0 + extra * self._shrink
+            widen(self.flow, width)
+            found.append((width, self._judged()))
+            if self.whole is None or found[-1][1].khat < _LIGHT:
+                break
+        return found[0] if self.whole is None else _narrowest(found)
+
+    def _judged(self) -> Judgement:
+        generator = torch.Generator(self.flow.base.like.device).manual_seed(0x5EED)
+        judged = judge(log_weights(self.flow, self.whole or self.log_density, 4 * _CHUNK, generator))
+        if self.whole is not None:
+            return judged
+        return replace(judged, ess=math.nan, khat=math.nan, log_evidence=math.nan, log_evidence_se=math.nan)
 
     def _restore(self) -> None:
         if self._best[1]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from flowpath.svi.density import ModelDensity
-from flowpath.svi.handlers import quiet
 
 if TYPE_CHECKING:
     from flowpath.svi.posterior import Posterior
@@ -22,10 +21,7 @@ def to_arviz(posterior: Posterior, num_samples: int, seed: int | None) -> Any:
     Raises:
         ImportError: ArviZ is not installed.
     """
-    try:
-        import arviz
-    except ImportError:
-        raise ImportError("to_arviz needs ArviZ: pip install 'flowpath[arviz]'") from None
+    arviz = _imported()
     draws = posterior.sample(num_samples, seed=seed)
     groups: dict[str, dict[str, Any]] = {"posterior": {n: _chain(v) for n, v in draws.items()}}
     dims: dict[str, list[str]] = {}
@@ -35,7 +31,18 @@ def to_arviz(posterior: Posterior, num_samples: int, seed: int | None) -> Any:
     groups = {name: group for name, group in groups.items() if group}
     if int(arviz.__version__.split(".")[0]) >= 1:
         return arviz.from_dict(groups, dims=dims)
-    return arviz.from_dict(**groups, dims=dims)  # type: ignore[arg-type]
+    return arviz.from_dict(**groups, dims=dims)
+
+
+def _imported() -> Any:
+    """ArviZ, without the notice of its last 0.x versions that 1.0 differs."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            import arviz
+    except ImportError:
+        raise ImportError("to_arviz needs ArviZ: pip install 'flowpath[arviz]'") from None
+    return arviz
 
 
 def _chain(v: Tensor) -> Any:
@@ -49,23 +56,18 @@ def _observations(
     likelihood: dict[str, list[Tensor]] = {}
     observed: dict[str, Any] = {}
     dims: dict[str, list[str]] = {}
-    for i in range(len(next(iter(draws.values())))):
-        values = {n: v[i].to(density.dtype) for n, v in draws.items()}
-        with torch.no_grad(), quiet(), poutine.block(), poutine.trace() as tracer, poutine.condition(data=values):
-            density.model(*density.args, **density.kwargs)
-        nodes: dict[str, Any] = tracer.trace.nodes
-        for name, site in nodes.items():
-            if site["type"] != "sample" or name.startswith("_") or not _drawn(site):
-                continue
-            if i == 0:
-                dims[name] = _dims(name, site)
-            if name in draws or site["infer"].get("is_auxiliary"):
-                continue
-            likelihood.setdefault(name, []).append(site["fn"].log_prob(site["value"]))
-            if i == 0:
-                observed[name] = site["value"].detach().cpu().numpy()
+    told = not (density.discrete or density.subsampled)  # else a site's log density is one of draws, or of a minibatch
+    for i in range(len(next(iter(draws.values()))) if told else 1):
+        with torch.no_grad():
+            nodes: dict[str, Any] = density.at({n: v[i] for n, v in draws.items()}).nodes
+        sites = {n: s for n, s in nodes.items() if s["type"] == "sample" and _drawn(s)}
+        if i == 0:
+            dims = {n: _dims(n, s) for n, s in sites.items()}
+            observed = {n: s["value"].detach().cpu().numpy() for n, s in sites.items() if n not in draws}
+        for name in observed if told else ():
+            likelihood.setdefault(name, []).append(sites[name]["fn"].log_prob(sites[name]["value"]))
     found = {name: torch.stack(rows) for name, rows in likelihood.items()}
-    return found, observed, {n: d for n, d in dims.items() if d and (n in draws or n in observed)}
+    return found, observed, {n: d for n, d in dims.items() if d}
 
 
 def _drawn(site: Any) -> bool:

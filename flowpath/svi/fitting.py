@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from flowpath.checks import check_count
+from flowpath.flow import Flow
 from flowpath.scope import random
 from flowpath.svi.climbing import Climb, Progress, judge, weighted_draws
-from flowpath.svi.density import ModelDensity, ModelError
+from flowpath.svi.density import ModelDensity
 from flowpath.svi.flows import posterior_flow
-from flowpath.svi.locating import DENSE, Gaussian, locate
-from flowpath.svi.posterior import Held, Posterior, apart
+from flowpath.svi.locating import DENSE, Gaussian, LogDensity, locate
+from flowpath.svi.looking import ModelError
+from flowpath.svi.posterior import Held, Posterior
 from flowpath.svi.promotion import promoted
+from flowpath.svi.summaries import apart
 
 _STARTS = 6
 
@@ -90,21 +95,16 @@ def fit_posterior(
         >>> abs(posterior.summary()["mu"]["mean"] - 2.0) < 0.05
         tensor(True)
     """
-    for name, count, least in (("draws", draws, 1000), ("seeds", seeds, 1), ("particles", particles or 2, 2)):
-        check_count("fit_posterior", name, count, least=least)
-    if max_steps is not None:
-        check_count("fit_posterior", "max_steps", max_steps)
-    if not tolerance > 0.0 or not learning_rate > 0.0 or (time_limit is not None and not time_limit > 0.0):
-        raise ValueError(
-            f"fit_posterior expects tolerance, learning_rate and time_limit above 0, got {tolerance}, {learning_rate}, "
-            f"{time_limit}"
-        )
+    counts = {"draws": (draws, 1000), "seeds": (seeds, 1), "particles": (particles, 2), "max_steps": (max_steps, 1)}
+    _check(counts, tolerance=tolerance, learning_rate=learning_rate, time_limit=time_limit)
     began = time.monotonic()
-    given = ModelDensity(model, args, dict(kwargs or {}), checked=True)
+    with random(seed, False, _generators()):
+        given = ModelDensity(model, args, kwargs, checked=True)
     with random(seed, False, given.device):
         density = promoted(given) if given.dim <= DENSE else given
-        density.asked = given.dtype
-        whole, notes = _whole(density)
+        task = _Task(density, *_whole(density), draws, transforms, hidden_features)
+        if task.whole is None and max_steps is None and time_limit is None:
+            raise ValueError(f"fit_posterior: without max_steps or time_limit nothing ends this fit; {task.unjudged}")
         settings = {
             "tolerance": tolerance,
             "learning_rate": learning_rate * min(1.0, (50 / density.dim) ** 0.25),
@@ -112,31 +112,37 @@ def fit_posterior(
             "max_steps": max_steps,
             "deadline": None if time_limit is None else began + time_limit,
         }
-        found = []
+        found: list[Posterior] = []
         for _ in range(seeds):
-            gaussian = locate(whole or density, _starts(density, init))
-            flow = posterior_flow(
-                gaussian, list(density.sites.values()), transforms=transforms, hidden_features=hidden_features
-            )
-            climb = Climb(flow, density, **settings)
-            with _Bar(progress, max_steps) as bar:
-                climbed = climb.run(bar.show)
-            flow.eval().requires_grad_(True)
-            found.append(_posterior(density, whole, flow, climbed, draws, [*density.notes, *notes], gaussian))
-    best = max(found, key=lambda p: -float("inf") if p.elbo is None else p.elbo)
+            found.append(task.run(_starts(density, init), settings, progress))
+            if found[-1].reason == "interrupted":
+                break
+    best = max(found, key=lambda p: -math.inf if p.elbo is None else p.elbo)
     best.seconds = time.monotonic() - began
-    best.others = [
-        {"elbo": float(p.elbo or 0.0), "apart": apart(best.summary(), p.summary())} for p in found if p is not best
-    ]
+    best.others = [_compared(p, best) for p in found if p is not best and p.elbo is not None]
     return best
 
 
-def _whole(density: ModelDensity) -> tuple[Callable[[Tensor], Tensor] | None, list[str]]:
+def _check(counts: Mapping[str, tuple[int | None, int]], **positive: float | None) -> None:
+    for name, (count, least) in counts.items():
+        if count is not None:
+            check_count("fit_posterior", name, count, least=least)
+    for name, value in positive.items():
+        if value is not None and not value > 0.0:
+            raise ValueError(f"fit_posterior expects {name} above 0, got {value}")
+
+
+def _generators() -> torch.device:
+    """Whose random state a first look at a model may move: before the device is known, that of CUDA if it is in use."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else torch.device("cpu")
+
+
+def _whole(density: ModelDensity) -> tuple[LogDensity | None, str]:
     """The density of all the data, or None and why not."""
     try:
-        return density.of_all_data(), []
+        return density.of_all_data(), ""
     except ModelError as error:
-        return None, [f"location by minibatches; no k-hat, evidence or correction: {error}"]
+        return None, str(error)
 
 
 def _starts(density: ModelDensity, init: Mapping[str, Tensor] | None) -> Tensor:
@@ -144,44 +150,64 @@ def _starts(density: ModelDensity, init: Mapping[str, Tensor] | None) -> Tensor:
     like = density.start
     around = torch.rand(_STARTS - 2, density.dim, dtype=like.dtype, device=like.device) * 4.0 - 2.0
     rows = [torch.zeros_like(like), *around, like]
-    if init is not None:
-        missing = sorted(set(density.sites) - set(init))
-        if missing:
-            raise ValueError(f"fit_posterior: init= expects a value for every latent, {', '.join(missing)} lack one")
-        rows.insert(0, density.pack({name: torch.as_tensor(v) for name, v in init.items()}))
-    return torch.stack(rows)
+    return torch.stack(rows if init is None else [density.pack(init), *rows])
 
 
-def _posterior(
-    density: ModelDensity,
-    whole: Callable[[Tensor], Tensor] | None,
-    flow: Any,
-    climbed: Progress,
-    draws: int,
-    notes: list[str],
-    gaussian: Gaussian,
-) -> Posterior:
-    if whole is None:
-        u, log_w = flow.sample(draws), None
-    else:
-        u, log_w = weighted_draws(flow, whole, draws)
-    if density.mode != "plate":
-        notes = [*notes, f"the density runs over particles by {density.mode}"]
-    if climbed.skipped:
-        notes = [*notes, f"{climbed.skipped} steps had a gradient that is not finite and were left out"]
-    posterior = Posterior(
-        flow=flow,
-        judgement=None if log_w is None else judge(log_w),
-        held=Held(u, {}, log_w),
-        history=[{"step": 0, "elbo": gaussian.elbo}, *climbed.history],
-        notes=notes,
-        reason=climbed.reason,
-        seconds=0.0,
-        steps=climbed.step,
-        density=density,
-    )
-    posterior.held.values = posterior.values(u)
-    return posterior
+def _compared(posterior: Posterior, best: Posterior) -> dict[str, float]:
+    return {"elbo": float(posterior.elbo or 0.0), "apart": apart(best.summary(), posterior.summary())}
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What every seed's fit has in common."""
+
+    density: ModelDensity
+    whole: LogDensity | None
+    unjudged: str
+    draws: int
+    transforms: int
+    hidden_features: int
+
+    def run(self, starts: Tensor, settings: dict[str, Any], progress: bool | Literal["auto"]) -> Posterior:
+        """Locate, climb, judge."""
+        gaussian = locate(self.whole or self.density, starts)
+        sites = list(self.density.sites.values())
+        flow = posterior_flow(gaussian, sites, transforms=self.transforms, hidden_features=self.hidden_features)
+        with _Bar(progress, settings["max_steps"]) as bar:
+            climbed = Climb(flow, self.density, whole=self.whole, **settings).run(bar.show)
+        flow.eval().requires_grad_(True)
+        return self._judged(flow, climbed, gaussian)
+
+    def _judged(self, flow: Flow, climbed: Progress, gaussian: Gaussian) -> Posterior:
+        u, log_w = flow.sample(self.draws), None
+        if self.whole is not None:
+            u, log_w = weighted_draws(flow, self.whole, self.draws)
+        posterior = Posterior(
+            flow=flow,
+            judgement=None if log_w is None else judge(log_w),
+            held=Held(u, {}, log_w),
+            history=[{"step": 0, "elbo": gaussian.elbo}, *climbed.history],
+            notes=self._notes(climbed),
+            unjudged=self.unjudged,
+            reason=climbed.reason,
+            seconds=0.0,
+            steps=climbed.step,
+            density=self.density,
+        )
+        posterior.held.values = posterior.values(u)
+        return posterior
+
+    def _notes(self, climbed: Progress) -> list[str]:
+        notes = list(self.density.notes)
+        if self.whole is None:
+            notes.append(f"located by minibatches; no k-hat, evidence or correction: {self.unjudged}")
+        if self.density.discrete:
+            notes.append(f"summed out: {', '.join(self.density.discrete)}")
+        if self.density.mode != "plate":
+            notes.append(f"the density runs over particles by {self.density.mode}")
+        if climbed.skipped:
+            notes.append(f"{climbed.skipped} steps had a gradient that is not finite and were left out")
+        return notes
 
 
 class _Bar:

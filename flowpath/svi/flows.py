@@ -13,7 +13,7 @@ from flowpath.flow import Flow
 from flowpath.gated import GatedMLP
 from flowpath.svi.handlers import Site
 from flowpath.svi.locating import Gaussian
-from flowpath.svi.rows import PickedMLP, RowMLP
+from flowpath.svi.row_nets import PickedMLP, RowMLP
 from flowpath.transform import Chain, Transform
 from flowpath.transforms.coupling import Coupling
 from flowpath.transforms.elementwise import Affine, Elementwise

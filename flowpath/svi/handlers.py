@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -45,26 +45,35 @@ class Site:
 
 
 class First(Messenger):
-    """Draws each latent from its prior, in the middle of its support where the prior is flat; at least as `dtype`."""
+    """Draws each latent from its prior, in the middle of its support where the prior is flat.
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    Args:
+        dtype: what it has at least.
+        device: where to put it, or None for where the prior is. Priors of numbers are nowhere, and drawn on the CPU.
+        drawn: False for the middle of every support.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | None = None, drawn: bool = True) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.device, self.drawn = dtype, device, drawn
 
     def _pyro_sample(self, msg: Message) -> None:
         if msg["done"] or msg["is_observed"] or msg["value"] is not None or isinstance(msg["fn"], _Subsample):
             return
-        try:
-            value: Tensor = msg["fn"].sample()
-        except NotImplementedError:
-            value = middle(msg["fn"])
+        value = self._value(msg["fn"])
         if value.is_floating_point():
             value = value.to(torch.promote_types(value.dtype, self.dtype))
-        msg["value"], msg["done"] = value, True
+        msg["value"], msg["done"] = value if self.device is None else value.to(self.device), True
+
+    def _value(self, fn: Distribution) -> Tensor:
+        if self.drawn or getattr(fn.support, "is_discrete", False):
+            with suppress(NotImplementedError):
+                return fn.sample()
+        return middle(fn)
 
 
 def middle(fn: Distribution) -> Tensor:
-    """A point of the support of a distribution that cannot be sampled, such as a flat prior."""
+    """A point in the middle of the support of a distribution."""
     transform = biject_to(fn.support)
     shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
     return transform(torch.zeros(shape))
@@ -118,12 +127,11 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def loud() -> Iterator[None]:
-    """With validation of distributions, whatever the user's setting, and without warnings of Pyro's checks."""
-    before = Distribution._validate_args
-    with warnings.catch_warnings(), pyro.validation_enabled(True):
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            Distribution.set_default_validate_args(before)
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors in this dtype, put back afterwards."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -152,7 +152,7 @@ def make_flow(who: str, recipe: Recipe | None, features: int, context: int, opti
         raise ValueError(f"{who} expects its function to return a Flow of {features} features and {want}")
     if not flow.has_rsample:
         raise ValueError(f"{who} needs a flow with rsample; its base {type(flow.base).__name__} has none")
-    unset = [type(m).__name__ for m in flow.modules() if isinstance(m, (Whiten, ActNorm))]
+    unset = [type(m).__name__ for m in flow.modules() if isinstance(m, (Whiten, ActNorm)) and not bool(m.is_set)]
     if unset:
         raise ValueError(f'{who} never shows its flow data to set {unset[0]} from; build it with whiten="none"')
     return flow

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from flowpath.svi.density import ModelDensity
+from flowpath.svi.handlers import default_dtype
 
 
 def promoted(density: ModelDensity) -> ModelDensity:
@@ -19,27 +18,15 @@ def promoted(density: ModelDensity) -> ModelDensity:
         return density
     args, kwargs = pytree.tree_map(_double, (density.args, density.kwargs))
     try:
-        with _doubles():
+        with default_dtype(torch.float64):
             wide = ModelDensity(density.model, args, kwargs)
-            wide.asked = density.dtype
-            u = density.start.double()
-            same = wide.dtype == torch.float64 and wide.dim == density.dim
-            close = torch.isclose(wide(u[None]), density(density.start[None]).double(), rtol=1e-3, atol=1e-3)
-            return wide if same and bool(close.all()) else density
+        wide.asked = density.dtype
+        u = density.start.unsqueeze(0)
+        agrees = torch.isclose(wide(u.double()), density(u).double(), rtol=1e-3, atol=1e-3)
+        return wide if wide.dtype == torch.float64 and wide.dim == density.dim and bool(agrees.all()) else density
     except Exception:  # a model with float32 tensors of its own may raise anything
         return density
 
 
 def _double(x: Any) -> Any:
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-
-
-@contextmanager
-def _doubles() -> Iterator[None]:
-    """New tensors in float64, put back afterwards."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from flowpath.scope import random
+from flowpath.svi.summaries import Summary, summarise
 from flowpath.svi.tracing import TracingError, trace
 
 if TYPE_CHECKING:
-    from flowpath.svi.posterior import Posterior, Summary
+    from flowpath.svi.posterior import Posterior
 
 
 @dataclass
@@ -62,8 +63,6 @@ class Refined:
 
     def summary(self) -> Summary:
         """Mean, sd, quantiles and Monte Carlo error of each latent."""
-        from flowpath.svi.posterior import summarise
-
         draws = self.sample()
         count = len(next(iter(draws.values())))
         return summarise(draws, torch.full((count,), 1.0 / count, dtype=torch.float64))

@@ -1,96 +1,84 @@
-"""Conditioners for many latents of one kind: the rows of a plate, each with a few numbers of its own."""
+"""The density of all the data of a model that subsamples, in blocks of the model's own size."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flowpath.gated import GatedMLP
-from flowpath.nets import feature_major
-from flowpath.registry import register
+from flowpath.svi.handlers import Block
+from flowpath.svi.looking import ModelError, Rows, scores
 
-
-@register("PickedMLP")
-class PickedMLP(nn.Module):
-    """A `GatedMLP` that looks at some of the features it is given.
-
-    Args:
-        in_features: width of x.
-        columns: those it looks at.
-        out_features, num_params, hidden_features: as `GatedMLP`.
-    """
-
-    columns: Tensor
-
-    def __init__(
-        self, in_features: int, columns: Sequence[int], out_features: int, *, num_params: int, hidden_features: int = 48
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.num_params = in_features, out_features, num_params
-        self.register_buffer("columns", torch.as_tensor(columns), persistent=False)
-        self.net = GatedMLP(len(columns), out_features, num_params=num_params, hidden_features=hidden_features)
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x `(*batch, in_features)` -> params `(num_params, *batch, out_features)`."""
-        return self.net(x.movedim(-1, 0).index_select(0, self.columns).movedim(0, -1), context)
+if TYPE_CHECKING:
+    from flowpath.svi.density import ModelDensity
 
 
-@register("RowMLP")
-class RowMLP(nn.Module):
-    r"""One small gated network for all rows of a plate; a row sees its own mates, the globals, and itself by name.
+def all_rows(density: ModelDensity) -> Callable[[Tensor], Tensor]:
+    """log p at u `(P, D)` with every row of the plate that subsamples. See `ModelDensity.of_all_data`."""
+    if len(density.subsampled) > 1:
+        raise ModelError(f"several plates subsample ({', '.join(density.subsampled)})")
+    (name, rows), *_ = density.subsampled.items()
+    _refuse_minibatch(density, name, rows)
 
-    With a row's mates p, the globals g and learnt numbers v of its own,
+    def whole(u: Tensor) -> Tensor:
+        return sum(
+            (_add(density, u, name, block, fresh) for block, fresh in _blocks(rows, density.device)),
+            torch.zeros((), dtype=u.dtype, device=u.device),
+        )
 
-    .. math:: h = \tanh(A p + B g + v) * (C p + D g + w), \qquad \text{params} = E h + F p + b
+    return whole
 
-    where A to E are shared by the rows; F and b, v and w belong to each. The cost grows with the rows, the number of
-    shared weights does not. E, F and b start at zero.
 
-    Args:
-        in_features: width of x.
-        mates: for each kind of mate, the features that hold it, one a row: `(kinds, rows)`; may be empty.
-        globals: features that every row sees.
-        rows: how many rows.
-        num_params: numbers a row needs.
-        hidden_features: width of the hidden layer.
-    """
+def _blocks(rows: Rows, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Row numbers `(shown,)`, and which of them no block before had: the last block overlaps the one before it."""
+    for start in range(0, rows.size, rows.shown):
+        first = min(start, rows.size - rows.shown)
+        block = torch.arange(first, first + rows.shown, device=device)
+        yield block, block >= start
 
-    mates: Tensor
-    globals: Tensor
 
-    def __init__(
-        self,
-        in_features: int,
-        mates: Sequence[Sequence[int]],
-        globals: Sequence[int],
-        rows: int,
-        *,
-        num_params: int,
-        hidden_features: int = 16,
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.num_params = in_features, rows, num_params
-        self.register_buffer("mates", torch.as_tensor(mates, dtype=torch.long).reshape(-1, rows), persistent=False)
-        self.register_buffer("globals", torch.as_tensor(globals, dtype=torch.long), persistent=False)
-        kinds, seen = len(mates), len(globals)
-        bound = 1.0 / max(kinds + seen, 1) ** 0.5
-        self.of_mates = nn.Parameter(torch.empty(2, hidden_features, kinds).uniform_(-bound, bound))
-        self.of_globals = nn.Parameter(torch.empty(2 * hidden_features, seen).uniform_(-bound, bound))
-        self.of_row = nn.Parameter(torch.empty(2, hidden_features, rows, 1).uniform_(-bound, bound))
-        self.final = nn.Parameter(torch.zeros(num_params, hidden_features))
-        self.slope = nn.Parameter(torch.zeros(num_params, kinds, rows, 1))
-        self.bias = nn.Parameter(torch.zeros(num_params, rows, 1))
+def _add(density: ModelDensity, u: Tensor, name: str, block: Tensor, fresh: Tensor) -> Tensor:
+    """What a block adds to log p at u `(P, D)`: its fresh rows, and with the first block the sites outside."""
+    if density.mode == "plate":
+        return _add_of(density, u, name, block, fresh)
+    return torch.stack([_add_of(density, row, name, block, fresh) for row in u])
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x `(*batch, in_features)` -> params `(num_params, *batch, rows)`."""
-        h = feature_major(x, context)
-        mates = h.index_select(0, self.mates.flatten()).unflatten(0, self.mates.shape)  # (kinds, rows, N)
-        given = (self.of_globals @ h.index_select(0, self.globals)).unflatten(0, (2, -1)).unsqueeze(2)
-        gate, value = (self.of_mates @ mates.flatten(1)).unflatten(-1, mates.shape[1:]) + given + self.of_row
-        hidden = torch.tanh(gate) * value
-        params = (self.final @ hidden.flatten(1)).unflatten(-1, hidden.shape[1:]) + self.bias
-        if len(self.mates):
-            params = params + (self.slope * mates).sum(1)
-        return params.movedim(1, -1).unflatten(1, x.shape[:-1] or (1,)).reshape(self.num_params, *x.shape[:-1], -1)
+
+def _add_of(density: ModelDensity, u: Tensor, name: str, block: Tensor, fresh: Tensor) -> Tensor:
+    trace, place = density.run(u, Block({name: block}))
+    first = int(block[0]) == 0
+    total = place.ladj if first else torch.zeros_like(place.ladj)
+    for site in scores(trace):
+        frame = next((f for f in site["cond_indep_stack"] if f.name == name), None)
+        if frame is not None:
+            total = total + density.by_point(_share(site["log_prob"], frame, fresh, density.subsampled[name]), u)
+        elif first:
+            total = total + density.by_point(site["log_prob"], u)
+    return total
+
+
+def _share(log_prob: Tensor, frame: Any, fresh: Tensor, rows: Rows) -> Tensor:
+    """The log density without the plate's scale, 0 in rows that are not fresh."""
+    if frame.vectorized:
+        counted = fresh.reshape(-1, *(1,) * (-frame.dim - 1))
+    else:  # a loop over rows, with a site for each
+        counted = fresh[frame.counter - 1]
+    return torch.where(counted, log_prob * (rows.shown / rows.size), 0.0)
+
+
+def _refuse_minibatch(density: ModelDensity, name: str, rows: Rows) -> None:
+    """Whether the model takes its rows by the plate's indices, seen by its densities of other blocks of rows."""
+    first: list[Tensor] | None = None
+    for block, _ in _blocks(rows, density.device):
+        with torch.no_grad():
+            trace, _ = density.run(density.start, Block({name: block}))
+        found = [s["log_prob"] for s in scores(trace) if any(f.name == name for f in s["cond_indep_stack"])]
+        first = found if first is None else first
+        if len(found) != len(first) or not all(map(torch.equal, first, found)):
+            return
+    raise ModelError(
+        f"the model is given a minibatch of plate {name!r} instead of taking its rows by the plate's indices, so the "
+        "density of all the data cannot be had"
+    )

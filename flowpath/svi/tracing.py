@@ -83,6 +83,11 @@ class Traced:
             if describe(got) != expected:
                 raise ValueError(f"Traced expects {expected}, got {describe(got)}: trace the function again")
 
+    def module(self) -> GraphModule:
+        """The graph as a module that torch.vmap can follow: of the input tensors, then `held`, then the noise."""
+        self._module.recompile()
+        return self._module
+
     @property
     def is_random(self) -> bool:
         """Whether a call draws from a generator."""

@@ -71,6 +71,11 @@ class Whiten(Float64Scale, Transform):
                 f"Whiten.set_to expects loc {tuple(self.loc.shape)} and scale {tuple(self.scale.shape)}, got "
                 f"{tuple(loc.shape)} and {tuple(scale.shape)}"
             )
+        size = scale if self.mode == "diagonal" else scale.diagonal()
+        if not bool(loc.isfinite().all() and scale.isfinite().all() and (size > 0).all()):
+            raise ValueError(
+                f"Whiten.set_to expects a finite loc and a scale that is finite and positive, got {loc} and {scale}"
+            )
         self.loc.copy_(loc)
         self.scale.copy_(scale)
         self.is_set.fill_(True)
