@@ -24,9 +24,9 @@ Values = dict[str, Tensor]
 Numbers = Mapping[str, Any]  # tensors, and sizes as integers
 
 MISSING = (
-    "skipped: no data. Fetch data and reference draws from github.com/stan-dev/posteriordb (BSD-3), store each posterior "
-    "as posteriordb/NAME.npz with data_json (the data), names and draws (the 10,000 reference draws, one column a "
-    "parameter) in a folder, and set FLOWPATH_DATA to that folder; --smoke runs without"
+    "skipped: no data. Fetch data and reference draws from github.com/stan-dev/posteriordb (BSD-3), store each "
+    "posterior as posteriordb/NAME.npz with data_json (the data), names and draws (the 10,000 reference draws, one "
+    "column a parameter) in a folder, and set FLOWPATH_DATA to that folder; --smoke runs without"
 )
 
 
