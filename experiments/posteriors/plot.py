@@ -55,9 +55,9 @@ def figure(lines: list[dict[str, Any]]) -> Figure:
                 [names.index(x["posterior"]) for x in mine],
                 marker=marker, s=42, color=color, edgecolors="white", linewidths=0.5, label=NAMES[method], zorder=front,
             )  # fmt: skip
-    for target in (0.02, 0.05):
+    for target, side in ((0.02, "right"), (0.05, "left")):
         axes.axvline(target, color="black", linewidth=0.8, linestyle="--", zorder=1)
-        axes.annotate(f"{target:g}", (target, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom")
+        axes.annotate(f"{target:g}", (target, 1.0), xycoords=("data", "axes fraction"), ha=side, va="bottom")
     axes.set_xscale("log")
     axes.set_xlim(LEAST / 1.4, MOST * 1.4)
     axes.set_yticks(range(len(names)), names)

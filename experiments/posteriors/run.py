@@ -193,7 +193,7 @@ def one(method: str, problem: Problem, c: Config, seed: int, budget: float) -> d
             with default(problem.args[0].dtype):
                 draw, took = train(method, problem, c, budget)
         line |= {"fit_cpu": round(time.process_time() - began, 1), **took}
-        return line | {k: float(f"{v:.6g}") for k, v in judged(problem, draw, c.draws, summary).items()}
+        return line | {k: float(f"{v:.10g}") for k, v in judged(problem, draw, c.draws, summary).items()}
     except Exception as error:  # whatever another library raises is a result here
         return line | {
             "fit_cpu": round(time.process_time() - began, 1),
