@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 STYLES = {
     "fit_posterior": ("o", "tab:red"),
     "autoflow": ("D", "tab:orange"),
-    "compiled": ("d", "gold"),
+    "traced": ("d", "gold"),
     "diagonal": ("v", "0.65"),
     "multivariate": ("^", "0.45"),
     "iaf": ("s", "tab:blue"),

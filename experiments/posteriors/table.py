@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 NAMES = {
     "fit_posterior": "fit_posterior",
     "autoflow": "AutoFlow",
-    "compiled": "AutoFlow, compiled",
+    "traced": "AutoFlow, traced",
     "diagonal": "AutoDiagonalNormal",
     "multivariate": "AutoMultivariateNormal",
     "iaf": "AutoIAFNormal",
