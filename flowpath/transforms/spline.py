@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from flowpath.registry import register
 from flowpath.transforms.rational_quadratic import Box, rational_quadratic
@@ -30,24 +29,19 @@ class _Element(nn.Module):
         if not 0.0 < box.min_slope < 1.0:
             raise ValueError(f"{title} expects 0 < min_slope < 1, got {box.min_slope}")
 
-    def _map(self, x: Tensor, rows: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        """x `(*batch, d)`, rows `(P, d, *batch)`: features lead, as conditioners emit them: views only."""
-        shape = (*rows.shape[2:], rows.shape[1])
-        if shape != x.shape:
-            shape = torch.broadcast_shapes(x.shape, shape)
-        size, n, fill = (shape[-1], *shape[:-1]), math.prod(shape), (1,) * (len(shape) + 1 - rows.dim())
+    def _map(self, x: Tensor, numbers: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """x `(*batch, d)`, numbers `(P, d, *batch)`: features lead, as conditioners emit them: views only."""
+        first = x.t() if x.dim() == 2 else x.movedim(-1, 0)
+        if numbers.shape[1:] != first.shape:
+            shape = torch.broadcast_shapes(x.shape, (*numbers.shape[2:], numbers.shape[1]))
+            size, fill = (shape[-1], *shape[:-1]), (1,) * (len(shape) + 1 - numbers.dim())
+            numbers = numbers.reshape(*numbers.shape[:2], *fill, *numbers.shape[2:]).expand(-1, *size)
+            first = x.expand(shape).movedim(-1, 0)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        rows = rows.reshape(*rows.shape[:2], *fill, *rows.shape[2:]).to(dtype)
-        logits, raw = rows.split((2 * self.bins, len(rows) - 2 * self.bins))
-        p = torch.softmax(logits.unflatten(0, (2, self.bins)), 1)  # before it is expanded
-        y, ladj = rational_quadratic(
-            x.expand(shape).movedim(-1, 0).reshape(n).to(dtype),
-            p.expand(-1, -1, *size).reshape(2, self.bins, n),
-            self._knot_slopes(raw.expand(-1, *size).reshape(len(raw), n)),
-            self.box,
-            inverse,
-        )
-        return y.view(size).movedim(0, -1).to(x.dtype), ladj.view(size).movedim(0, -1).to(x.dtype)
+        flat = first.reshape(first.numel()), numbers.reshape(len(numbers), first.numel())
+        values = rational_quadratic(*(v.to(dtype) for v in flat), self.box, inverse)
+        y, ladj = (v.view(first.shape).to(x.dtype) for v in values)
+        return (y.t(), ladj.t()) if x.dim() == 2 else (y.movedim(0, -1), ladj.movedim(0, -1))
 
     def _rows(self, params: Tensor) -> Tensor:
         if params.dim() < 2 or len(params) != self.num_params:
@@ -55,11 +49,7 @@ class _Element(nn.Module):
                 f"{type(self).__name__} expects params of shape ({self.num_params}, *batch, d), "
                 f"parameter axis first, got shape {tuple(params.shape)}"
             )
-        return params.movedim(-1, 1)
-
-    def _knot_slopes(self, raw: Tensor) -> Tensor:
-        """The `(K + 1, N)` raw slopes of all knots, copied, so that no graph keeps a conditioner's output."""
-        raise NotImplementedError
+        return params.transpose(1, 2) if params.dim() == 3 else params.movedim(-1, 1)
 
     def extra_repr(self) -> str:
         return f"bins={self.bins}, low={self.box.low:g}, high={self.box.high:g}"
@@ -119,9 +109,6 @@ class RationalQuadratic(_Element):
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """The way back: (x, ladj), ladj of this direction."""
         return self._map(y, self._rows(params), inverse=True)
-
-    def _knot_slopes(self, raw: Tensor) -> Tensor:
-        return F.pad(raw, (0, 0, 1, 1))
 
 
 @register("CircularRationalQuadratic")
@@ -183,6 +170,3 @@ class CircularRationalQuadratic(_Element):
     def _wrap(self, x: Tensor) -> Tensor:
         z = self.start + torch.remainder(x - self.start, self.period)
         return torch.where(z >= self.box.high, self.start, z)  # remainder may round up to the period
-
-    def _knot_slopes(self, raw: Tensor) -> Tensor:
-        return torch.cat((raw, raw[:1]))
