@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flowpath.checks import check_count
+from flowpath.layout import features_flat
 from flowpath.registry import register
 
 Activation = Callable[[], nn.Module]
@@ -31,16 +32,14 @@ def apply_linear(h: Tensor, layer: nn.Module) -> Tensor:
 
 def feature_major(x: Tensor, context: Tensor | None) -> Tensor:
     """x `(*batch, d)`, beside it the context `(*batch, C)`, as `(d + C, N)` with the batch flattened."""
-    h = x.movedim(-1, 0).flatten(1) if x.dim() > 1 else x.unsqueeze(-1)
-    if context is None:
-        return h
-    c = context.movedim(-1, 0).flatten(1) if context.dim() > 1 else context.unsqueeze(-1)
-    return torch.cat([h, c])
+    h = features_flat(x)
+    return h if context is None else torch.cat([h, features_flat(context)])
 
 
 def params_first(h: Tensor, num_params: int, batch: Sequence[int]) -> Tensor:
     """`(num_params * d, N)` as params `(num_params, *batch, d)`, without a copy."""
-    return h.reshape(num_params, h.shape[0] // num_params, *batch).movedim(1, -1)
+    h = h.view(num_params, h.shape[0] // num_params, *batch)
+    return h.transpose(1, 2) if h.dim() == 3 else h.movedim(1, -1)
 
 
 class _Net(nn.Module):

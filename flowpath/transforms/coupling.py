@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flowpath.layout import features_first, features_last
 from flowpath.registry import register
 from flowpath.transform import Conditioner, Direction, Element, Record, Transform
 from flowpath.transforms.elementwise import check_conditioner
@@ -75,23 +76,38 @@ class Coupling(Transform):
         self.element, self.conditioner, self.unconditional = element, conditioner, unconditional
         self.register_buffer("kept", kept, persistent=False)
         self.register_buffer("moved", moved, persistent=False)
-        # Where the mask is "first these, then those", splitting is a view and joining one concatenation.
-        self._halves = (len(kept), len(moved)) if bool((kept < moved[0]).all()) else None
+        order = torch.cat([kept, moved] if kept[0] < moved[0] else [moved, kept])
+        self._moved_first = bool(moved[0] < kept[0])
+        self._blocks = torch.equal(order, torch.arange(len(bits)))
+        self._alternate = (
+            torch.equal(bits.view(-1, 2), bits[:2].expand(len(bits) // 2, 2)) if len(bits) % 2 == 0 else False
+        )
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.movedim(-1, 0)
-        parts = x.split(self._halves) if self._halves else (x.index_select(0, self.kept), x.index_select(0, self.moved))
-        return parts[0].movedim(0, -1), parts[1].movedim(0, -1)
+        """The kept and the moved features; views where the mask is two blocks or alternates."""
+        x = features_first(x)
+        if self._blocks:
+            sizes = len(self.kept), len(self.moved)
+            parts = x.split(sizes[::-1] if self._moved_first else sizes)
+        elif self._alternate:
+            parts = x.view(-1, 2, *x.shape[1:]).unbind(1)
+        else:
+            return features_last(x.index_select(0, self.kept)), features_last(x.index_select(0, self.moved))
+        a, b = (features_last(part) for part in parts)
+        return (b, a) if self._moved_first else (a, b)
 
     def _join(self, like: Tensor, kept: Tensor, moved: Tensor, *, kept_as_is: bool) -> Tensor:
         """Both parts in place; `kept_as_is` says that `like` holds the kept part already."""
-        a, b = kept.movedim(-1, 0), moved.movedim(-1, 0)
-        if self._halves:
-            return torch.cat([a, b]).movedim(0, -1)
+        a, b = features_first(kept), features_first(moved)
+        parts = (b, a) if self._moved_first else (a, b)
+        if self._blocks:
+            return features_last(torch.cat(parts))
+        if self._alternate:
+            return features_last(torch.stack(parts, 1).view(-1, *a.shape[1:]))
         if kept_as_is:
-            return like.movedim(-1, 0).index_copy(0, self.moved, b).movedim(0, -1)
-        out = torch.empty_like(like).movedim(-1, 0)
-        return out.index_copy(0, self.kept, a).index_copy(0, self.moved, b).movedim(0, -1)
+            return features_last(features_first(like).index_copy(0, self.moved, b))
+        out = features_first(torch.empty_like(like))
+        return features_last(out.index_copy(0, self.kept, a).index_copy(0, self.moved, b))
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         kept, moved = self._split(x)

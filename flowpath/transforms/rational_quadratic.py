@@ -75,10 +75,11 @@ class _Constants(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Of each element: the knots `(2, N)` at the ends of its bin, its (width, height), the place t = 1 - u in it."""
+    """Of each element: the knots `(2, N)` at the ends of its bin, width, height, and the place t = 1 - u in it."""
 
     ends: Tensor
-    sides: Tensor
+    w: Tensor
+    h: Tensor
     t: Tensor
     u: Tensor
     outside: Tensor
@@ -141,9 +142,8 @@ def _curve(
 ) -> tuple[Pair, _Piece]:
     """The formulas, in the bins between the knots `ends` `(2, N)` with slopes d there."""
     corners = knots.gather(1, ends.expand(2, *ends.shape))
-    low, high = corners.unbind(1)
-    sides = high - low
-    (x0, y0), (x1, y1), (w, h), (d0, d1) = low, high, sides, d
+    (x0, x1, y0, y1), (d0, d1) = corners.view(4, -1).unbind(0), d.unbind(0)
+    w, h = x1 - x0, y1 - y0
     s = h / w
     z = torch.lerp(x0, x1, _root(inner - y0, y1 - inner, d0, d1, s, c)) if inverse else inner
     t, u = (z - x0) / w, (x1 - z) / w
@@ -156,7 +156,7 @@ def _curve(
     outside = (x - inner).abs() > c.zero  # false for NaN, which the spline passes on
     y = torch.where(outside, x, y)
     ladj = torch.where(outside, c.zero, -ladj if inverse else ladj)
-    return (y, ladj), _Piece(ends, sides, t, u, outside)
+    return (y, ladj), _Piece(ends, w, h, t, u, outside)
 
 
 def _knots(p: Tensor, box: Box) -> Tensor:
@@ -179,8 +179,8 @@ def _matmul_is_exact(p: Tensor) -> bool:
 
 def _bin(z: Tensor, knots: Tensor, c: _Constants) -> Tensor:
     """`(2, N)`: the knots below and above z. The sum is over 0 and 1 as floats: bools are slow on a CPU."""
-    over = z.detach() - knots[1:-1].detach()
-    passed = over.ge_(0.0) if _is_eager(over) else (over >= 0.0).to(over.dtype)  # vmap knows no ge_
+    over = (z - knots[1:-1]).detach()
+    passed = over.ge_(c.zero) if _is_eager(over) else (over >= 0.0).to(over.dtype)  # vmap knows no ge_
     return (passed.sum(0, keepdim=True) + c.ends).long()
 
 
@@ -233,17 +233,16 @@ class _Spline(torch.autograd.Function):
         x, p, d, *piece = ctx.saved_tensors
         gy = torch.zeros_like(x) if gy is None else gy
         gl = torch.zeros_like(x) if gl is None else gl
-        by_hand = not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
-        gradients = _gradients if by_hand else _pulled
+        gradients = _pulled if torch.is_grad_enabled() else _gradients  # create_graph
         gx, gp, gd = gradients(gy, gl, x, p, d, _Piece(*piece), ctx.box, ctx.inverse)
         gp, gd = (g if more is None else g + more for g, more in ((gp, more_p), (gd, more_d)))
-        return gx, _to_numbers(gp, gd, p, d, piece[0], ctx.box, by_hand), None, None
+        return gx, _to_numbers(gp, gd, p, d, piece[0], ctx.box), None, None
 
 
 def _pulled(
     gy: Tensor, gl: Tensor, x: Tensor, p: Tensor, d: Tensor, piece: _Piece, box: Box, inverse: bool
 ) -> tuple[Tensor, ...]:
-    """What `_gradients` gives, from the plain operations: for create_graph and for batches of gradients."""
+    """What `_gradients` gives, from the plain operations, with a graph."""
 
     def run(x: Tensor, p: Tensor, d: Tensor) -> Pair:
         inner = x.clamp(box.low, box.high)
@@ -262,7 +261,7 @@ def _gradients(
     k, width k is its size; in p the gradient is right but for a constant, as p sums to one.
     """
     k = _constants(box, x)
-    (w, h), (d0, d1), t, u, outside = piece.sides, d, *piece[2:]
+    (ends, w, h, t, u, outside), (d0, d1) = piece, d.unbind(0)
     a, c = torch.where(outside, k.zero, gy), torch.where(outside, k.zero, -gl if inverse else gl)
     s, sum_d, e0, e1 = h / w, d0 + d1, d0 * u, d1 * t
     A0, A1 = torch.addcmul(e1, s, u), torch.addcmul(e0, s, t)
@@ -284,16 +283,16 @@ def _gradients(
     g_d1 = t * torch.addcmul(u * torch.addcmul(cD, aD, R), cq, t, value=-0.5)
     g_w = torch.addcmul(g_x0 * t, g_s, s, value=-1.0)
     move, size = torch.stack((g_x0, a, g_w, torch.addcmul(g_s, a * iD, R))).mul_(k.free).view(2, 2, 1, -1)
-    below = (piece.ends[:1] - k.places).gt_(0.0)
-    g_p = (below * move).scatter_(1, piece.ends[:1].expand(2, 1, -1), size)
+    below = (ends[:1] - k.places).gt_(k.zero)
+    g_p = (below * move).scatter_(1, ends[:1].expand(2, 1, -1), size)
     return torch.where(outside, gy, gx), g_p, torch.stack((g_d0, g_d1)).neg_()
 
 
-def _to_numbers(gp: Tensor, gd: Tensor, p: Tensor, d: Tensor, ends: Tensor, box: Box, by_hand: bool) -> Tensor:
+def _to_numbers(gp: Tensor, gd: Tensor, p: Tensor, d: Tensor, ends: Tensor, box: Box) -> Tensor:
     """The gradient in the numbers from those in the fractions and the slopes, through softmax and softplus."""
     K, N, floor = box.bins, p.shape[-1], _constants(box, d).floor
     gd = torch.addcmul(gd, gd, (floor - d).exp(), value=-1.0)
-    if not by_hand:
+    if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(gd):
         logits = p * (gp - (p * gp).sum(1, keepdim=True))
         knots = gd.new_zeros(K + 1, N).scatter(0, ends, gd)
         raw = knots[1:-1] if box.unit_ends else torch.cat((knots[:1] + knots[K:], knots[1:K]))

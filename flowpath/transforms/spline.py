@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from flowpath.layout import features_first, features_last, numbers_first
 from flowpath.registry import register
 from flowpath.transforms.rational_quadratic import Box, rational_quadratic
 
@@ -31,17 +32,16 @@ class _Element(nn.Module):
 
     def _map(self, x: Tensor, numbers: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         """x `(*batch, d)`, numbers `(P, d, *batch)`: features lead, as conditioners emit them: views only."""
-        first = x.t() if x.dim() == 2 else x.movedim(-1, 0)
+        first = features_first(x)
         if numbers.shape[1:] != first.shape:
             shape = torch.broadcast_shapes(x.shape, (*numbers.shape[2:], numbers.shape[1]))
             size, fill = (shape[-1], *shape[:-1]), (1,) * (len(shape) + 1 - numbers.dim())
             numbers = numbers.reshape(*numbers.shape[:2], *fill, *numbers.shape[2:]).expand(-1, *size)
             first = x.expand(shape).movedim(-1, 0)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        flat = first.reshape(first.numel()), numbers.reshape(len(numbers), first.numel())
-        values = rational_quadratic(*(v.to(dtype) for v in flat), self.box, inverse)
-        y, ladj = (v.view(first.shape).to(x.dtype) for v in values)
-        return (y.t(), ladj.t()) if x.dim() == 2 else (y.movedim(0, -1), ladj.movedim(0, -1))
+        n, dtype = first.numel(), torch.promote_types(x.dtype, torch.float32)
+        flat, numbers = first.reshape(n).to(dtype), numbers.reshape(len(numbers), n).to(dtype)
+        y, ladj = (v.view(first.shape) for v in rational_quadratic(flat, numbers, self.box, inverse))
+        return features_last(y).to(x.dtype), features_last(ladj).to(x.dtype)
 
     def _rows(self, params: Tensor) -> Tensor:
         if params.dim() < 2 or len(params) != self.num_params:
@@ -49,7 +49,7 @@ class _Element(nn.Module):
                 f"{type(self).__name__} expects params of shape ({self.num_params}, *batch, d), "
                 f"parameter axis first, got shape {tuple(params.shape)}"
             )
-        return params.transpose(1, 2) if params.dim() == 3 else params.movedim(-1, 1)
+        return numbers_first(params)
 
     def extra_repr(self) -> str:
         return f"bins={self.bins}, low={self.box.low:g}, high={self.box.high:g}"
