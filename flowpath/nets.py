@@ -73,8 +73,17 @@ class _Net(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else None
 
     def _act(self, h: Tensor) -> Tensor:
-        h = self.activation(h)
+        """The activation of a new tensor h, which nothing else needs."""
+        activation = self.activation
+        h = h.relu_() if type(activation) is nn.ReLU else activation(h)
         return h if self.dropout is None else self.dropout(h)
+
+    def _perceptron(self, h: Tensor, layers: list[tuple[Tensor, Tensor]], batch: Sequence[int]) -> Tensor:
+        """h `(in, N)` through layers (weight, bias), the activation after each but the last: `(P, *batch, d)`."""
+        *hidden, final = layers
+        for weight, bias in hidden:
+            h = self._act(affine(h, weight, bias))
+        return params_first(affine(h, *final), self.num_params, batch)
 
     @property
     def random(self) -> bool:
@@ -131,10 +140,8 @@ class MLP(_Net):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x `(*batch, in_features)`, context `(*batch, C)` -> params `(num_params, *batch, out_features)`."""
-        h = feature_major(x, context)
-        for layer in self.hidden:
-            h = self._act(apply_linear(h, layer))
-        return params_first(apply_linear(h, self.final), self.num_params, x.shape[:-1])
+        layers = [(layer.weight, layer.bias) for layer in (*self.hidden, self.final)]
+        return self._perceptron(feature_major(x, context), layers, x.shape[:-1])
 
 
 @register("ResidualMLP")
@@ -252,11 +259,7 @@ class MaskedMLP(_Net):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x `(*batch, features)`, context `(*batch, C)` -> params `(num_params, *batch, features)`."""
-        h = feature_major(x, context)
-        *hidden, final = self.layers()
-        for weight, bias in hidden:
-            h = self._act(affine(h, weight, bias))
-        return params_first(affine(h, *final), self.num_params, x.shape[:-1])
+        return self._perceptron(feature_major(x, context), self.layers(), x.shape[:-1])
 
 
 def _spread_degrees(features: int, widths: Sequence[int], context: int) -> list[Tensor]:

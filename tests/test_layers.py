@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "flowpath"
 # Bottom first. A module may import, at the top of its file, from its own layer and from those before it.
 LAYERS = [
     {"registry", "_pyro"},
-    {"checks", "layout"},
+    {"checks", "eager", "layout"},
     {"transform"},
     {"transforms", "nets", "bases", "foreign_bases"},
     {"distribution", "flow"},

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.distributions import Distribution
 
-from flowpath.transforms.rational_quadratic import Box, _evaluate, _knots
+from flowpath.transforms.rational_quadratic import _evaluate, _knots
 from flowpath.transforms.spline import CircularRationalQuadratic, RationalQuadratic
+from flowpath.transforms.spline_box import Box
 
 both_ways = pytest.mark.parametrize("way", ["forward", "inverse"])
 elements = pytest.mark.parametrize(

@@ -2,76 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-
-@dataclass(frozen=True)
-class Box:
-    """The square [low, high]^2 that K = `bins` bins fill, and the least they may be.
-
-    `min_width` and `min_height` are shares of the side. `unit_ends` fixes the slopes of the two end knots at
-    1, as identity tails need; otherwise both ends share one slope, as on a circle.
-    """
-
-    bins: int
-    low: float
-    high: float
-    min_width: float = 1e-3
-    min_height: float = 1e-3
-    min_slope: float = 1e-3
-    unit_ends: bool = True
-
-    @property
-    def floors(self) -> tuple[float, float]:
-        """The least width and height."""
-        side = self.high - self.low
-        return side * self.min_width, side * self.min_height
-
-    @property
-    def free(self) -> tuple[float, float]:
-        """What the bins share above their floors, in x and in y."""
-        side = self.high - self.low
-        return side * (1.0 - self.bins * self.min_width), side * (1.0 - self.bins * self.min_height)
-
-    @property
-    def rows(self) -> int:
-        """How many numbers an element has: K widths, K heights, and K - 1 or K slopes."""
-        return 3 * self.bins - int(self.unit_ends)
-
-    @cached_property
-    def sums(self) -> tuple[np.ndarray, np.ndarray]:
-        """b `(2, K + 1, 1)` and A `(2, K + 1, K)`: b + A p are the knots of fractions p, end ones pinned."""
-        j = np.arange(self.bins + 1.0)[:, None]
-        floors, free = np.reshape(self.floors, (2, 1, 1)), np.reshape(self.free, (2, 1, 1))
-        base = np.where(j < self.bins, self.low + j * floors, self.high)
-        return base, ((j > j[:-1].T) & (j < self.bins)) * free
-
+from flowpath.eager import differentiates_by_hand, is_plain
+from flowpath.transforms.spline_box import Box, Constants, constants, sums
 
 Pair = tuple[Tensor, Tensor]
-
-
-class _Constants(NamedTuple):
-    """The numbers of the formulas as tensors of x's dtype: on a CPU a Python number costs an operation each time."""
-
-    shift: Any  # c with softplus(c) + min_slope = 1
-    floor: Any  # min_slope
-    zero: Any
-    half: Any
-    one: Any
-    two: Any
-    ends: Any  # (0, 1) `(2, 1)`
-    places: Any  # 0 to K - 1 `(K, 1)`
-    free: Any  # `box.free` twice `(4, 1)`
 
 
 class _Piece(NamedTuple):
@@ -110,27 +50,16 @@ def rational_quadratic(x: Tensor, numbers: Tensor, box: Box, inverse: bool = Fal
     Returns:
         The value and the ladj of the direction asked for, each `(N,)`. NaN in x spoils its own element only.
     """
-    if _no_backward():
-        return _evaluate(x, numbers, box, inverse)[0]
-    y, ladj, *_ = _Spline.apply(x, numbers, box, inverse)
-    return y, ladj
-
-
-def _no_backward() -> bool:
-    """Whether there is nothing to save for a backward pass, or torch differentiates the operations itself."""
-    return (
-        not torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0  # inside a dual level
-    )
+    if differentiates_by_hand():
+        return _Spline.apply(x, numbers, box, inverse)[:2]
+    return _evaluate(x, numbers, box, inverse)[0]
 
 
 def _evaluate(x: Tensor, numbers: Tensor, box: Box, inverse: bool) -> tuple[Pair, Tensor, Tensor, _Piece]:
     """(value, ladj), the fractions p `(2, K, N)`, the end slopes `(2, N)` and the piece."""
-    K, c = box.bins, _constants(box, x)
+    K, c = box.bins, constants(box, x)
     p = torch.softmax(numbers[: 2 * K].view(2, K, -1), 1)
-    knots, inner = _knots(p, box), x.clamp(box.low, box.high)  # clamped, so that gradients outside are finite
+    knots, inner = _knots(p, box, c), x.clamp(box.low, box.high)  # clamped, so that gradients outside are finite
     ends = _bin(inner, knots[int(inverse)], c)
     d = _slopes(numbers, ends, box, c)
     values, piece = _curve(x, inner, knots, d, ends, inverse, c)
@@ -138,7 +67,7 @@ def _evaluate(x: Tensor, numbers: Tensor, box: Box, inverse: bool) -> tuple[Pair
 
 
 def _curve(
-    x: Tensor, inner: Tensor, knots: Tensor, d: Tensor, ends: Tensor, inverse: bool, c: _Constants
+    x: Tensor, inner: Tensor, knots: Tensor, d: Tensor, ends: Tensor, inverse: bool, c: Constants
 ) -> tuple[Pair, _Piece]:
     """The formulas, in the bins between the knots `ends` `(2, N)` with slopes d there."""
     corners = knots.gather(1, ends.expand(2, *ends.shape))
@@ -159,10 +88,10 @@ def _curve(
     return (y, ladj), _Piece(ends, w, h, t, u, outside)
 
 
-def _knots(p: Tensor, box: Box) -> Tensor:
+def _knots(p: Tensor, box: Box, c: Constants | None = None) -> Tensor:
     """The `(2, K + 1, N)` knots in x and y. Matmul is fastest on a CPU; tf32 or bf16 would spoil them."""
     if not torch.compiler.is_compiling() and _matmul_is_exact(p):
-        return torch.baddbmm(*_kept(_sums, box, p), p)
+        return torch.baddbmm(*((c and c.sums) or sums(box, p)), p)
     widths = torch.stack([p[i] * box.free[i] + box.floors[i] for i in (0, 1)])
     inner = box.low + widths[:, :-1].cumsum(1)
     low, high = (torch.full_like(inner[:, :1], end) for end in (box.low, box.high))
@@ -177,14 +106,14 @@ def _matmul_is_exact(p: Tensor) -> bool:
     )
 
 
-def _bin(z: Tensor, knots: Tensor, c: _Constants) -> Tensor:
+def _bin(z: Tensor, knots: Tensor, c: Constants) -> Tensor:
     """`(2, N)`: the knots below and above z. The sum is over 0 and 1 as floats: bools are slow on a CPU."""
     over = (z - knots[1:-1]).detach()
-    passed = over.ge_(c.zero) if _is_eager(over) else (over >= 0.0).to(over.dtype)  # vmap knows no ge_
+    passed = over.ge_(c.zero) if is_plain(over) else (over >= 0.0).to(over.dtype)  # vmap knows no ge_
     return (passed.sum(0, keepdim=True) + c.ends).long()
 
 
-def _slopes(numbers: Tensor, ends: Tensor, box: Box, c: _Constants) -> Tensor:
+def _slopes(numbers: Tensor, ends: Tensor, box: Box, c: Constants) -> Tensor:
     """The slopes at the knots `ends`, `(2, N)`."""
     K = box.bins
     if not box.unit_ends:
@@ -195,7 +124,7 @@ def _slopes(numbers: Tensor, ends: Tensor, box: Box, c: _Constants) -> Tensor:
     return torch.where(inner == ends, F.softplus(raw + c.shift) + c.floor, c.one)
 
 
-def _root(below: Tensor, above: Tensor, d0: Tensor, d1: Tensor, s: Tensor, c: _Constants) -> Tensor:
+def _root(below: Tensor, above: Tensor, d0: Tensor, d1: Tensor, s: Tensor, c: Constants) -> Tensor:
     r"""t at the height `below` over the bin's lower knot, which is `above` under its upper one.
 
     The odds z = t / u solve :math:`e_1 z^2 + 2 b z - e_0 = 0` with :math:`2 b = d_0\,above - d_1\,below`,
@@ -234,25 +163,26 @@ class _Spline(torch.autograd.Function):
         gy = torch.zeros_like(x) if gy is None else gy
         gl = torch.zeros_like(x) if gl is None else gl
         gradients = _pulled if torch.is_grad_enabled() else _gradients  # create_graph
-        gx, gp, gd = gradients(gy, gl, x, p, d, _Piece(*piece), ctx.box, ctx.inverse)
+        c = constants(ctx.box, x)
+        gx, gp, gd = gradients(gy, gl, x, p, d, _Piece(*piece), ctx.box, ctx.inverse, c)
         gp, gd = (g if more is None else g + more for g, more in ((gp, more_p), (gd, more_d)))
-        return gx, _to_numbers(gp, gd, p, d, piece[0], ctx.box), None, None
+        return gx, _to_numbers(gp, gd, p, d, piece[0], ctx.box, c), None, None
 
 
 def _pulled(
-    gy: Tensor, gl: Tensor, x: Tensor, p: Tensor, d: Tensor, piece: _Piece, box: Box, inverse: bool
+    gy: Tensor, gl: Tensor, x: Tensor, p: Tensor, d: Tensor, piece: _Piece, box: Box, inverse: bool, c: Constants
 ) -> tuple[Tensor, ...]:
     """What `_gradients` gives, from the plain operations, with a graph."""
 
     def run(x: Tensor, p: Tensor, d: Tensor) -> Pair:
         inner = x.clamp(box.low, box.high)
-        return _curve(x, inner, _knots(p, box), d, piece.ends, inverse, _constants(box, x))[0]
+        return _curve(x, inner, _knots(p, box), d, piece.ends, inverse, constants(box, x))[0]
 
     return torch.func.vjp(run, x, p, d)[1]((gy, gl))
 
 
 def _gradients(
-    gy: Tensor, gl: Tensor, x: Tensor, p: Tensor, d: Tensor, piece: _Piece, box: Box, inverse: bool
+    gy: Tensor, gl: Tensor, x: Tensor, p: Tensor, d: Tensor, piece: _Piece, box: Box, inverse: bool, k: Constants
 ) -> tuple[Tensor, ...]:
     """Gradients in x `(N,)`, p `(2, K, N)` and d `(2, N)` from those in the value and the ladj L, each `(N,)`.
 
@@ -260,7 +190,6 @@ def _gradients(
     the forward formulas for a = (gl L_t - gy w) / (h v_t) and c = -gl in place of gy and gl. Width j < k moves the bin
     k, width k is its size; in p the gradient is right but for a constant, as p sums to one.
     """
-    k = _constants(box, x)
     (ends, w, h, t, u, outside), (d0, d1) = piece, d.unbind(0)
     a, c = torch.where(outside, k.zero, gy), torch.where(outside, k.zero, -gl if inverse else gl)
     s, sum_d, e0, e1 = h / w, d0 + d1, d0 * u, d1 * t
@@ -288,10 +217,10 @@ def _gradients(
     return torch.where(outside, gy, gx), g_p, torch.stack((g_d0, g_d1)).neg_()
 
 
-def _to_numbers(gp: Tensor, gd: Tensor, p: Tensor, d: Tensor, ends: Tensor, box: Box) -> Tensor:
+def _to_numbers(gp: Tensor, gd: Tensor, p: Tensor, d: Tensor, ends: Tensor, box: Box, c: Constants) -> Tensor:
     """The gradient in the numbers from those in the fractions and the slopes, through softmax and softplus."""
-    K, N, floor = box.bins, p.shape[-1], _constants(box, d).floor
-    gd = torch.addcmul(gd, gd, (floor - d).exp(), value=-1.0)
+    K, N = box.bins, p.shape[-1]
+    gd = torch.addcmul(gd, gd, (c.floor - d).exp(), value=-1.0)
     if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(gd):
         logits = p * (gp - (p * gp).sum(1, keepdim=True))
         knots = gd.new_zeros(K + 1, N).scatter(0, ends, gd)
@@ -304,44 +233,3 @@ def _to_numbers(gp: Tensor, gd: Tensor, p: Tensor, d: Tensor, ends: Tensor, box:
         knots[0] += knots[K]
     torch._softmax_backward_data(gp, p, 1, p.dtype, grad_input=g[: 2 * K].view(2, K, N))
     return g[: box.rows]
-
-
-def _constants(box: Box, like: Tensor) -> _Constants:
-    """As tensors, or as Python numbers where tensors cannot be kept from call to call."""
-    return _kept(_tensors, box, like) if _is_eager(like) else _numbers(box, like)
-
-
-def _numbers(box: Box, like: Tensor) -> _Constants:
-    ends = torch.arange(2, dtype=like.dtype, device=like.device).unsqueeze(1)
-    places = torch.arange(box.bins, dtype=like.dtype, device=like.device).unsqueeze(1)
-    shift = math.log(math.expm1(1.0 - box.min_slope))
-    return _Constants(
-        shift, box.min_slope, 0.0, 0.5, 1.0, 2.0, ends, places, like.new_tensor(box.free * 2).unsqueeze(1)
-    )
-
-
-def _tensors(box: Box, like: Tensor) -> _Constants:
-    return _Constants(*(torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in _numbers(box, like)))
-
-
-def _sums(box: Box, like: Tensor) -> tuple[Tensor, Tensor]:
-    base, matrix = (torch.from_numpy(v).to(like) for v in box.sums)
-    return base, matrix
-
-
-def _is_eager(like: Tensor) -> bool:
-    """Whether no tracer and no transform looks on, which would leave its mark on a tensor made meanwhile."""
-    return (
-        type(like) is Tensor and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-    )
-
-
-def _kept(make: Callable[[Box, Tensor], Any], box: Box, like: Tensor) -> Any:
-    """What `make` gives, made once for a box, dtype and device."""
-    return _keep(make, box, like.dtype, like.device) if _is_eager(like) else make(box, like)
-
-
-@lru_cache(maxsize=128)
-def _keep(make: Callable[[Box, Tensor], Any], box: Box, dtype: torch.dtype, device: torch.device) -> Any:
-    with torch.inference_mode(False), torch.no_grad():
-        return make(box, torch.empty((), dtype=dtype, device=device))

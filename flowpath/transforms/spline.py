@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from flowpath.layout import features_first, features_last, numbers_first
 from flowpath.registry import register
-from flowpath.transforms.rational_quadratic import Box, rational_quadratic
+from flowpath.transforms.rational_quadratic import rational_quadratic
+from flowpath.transforms.spline_box import Box
 
 
 class _Element(nn.Module):
@@ -32,19 +33,23 @@ class _Element(nn.Module):
 
     def _map(self, x: Tensor, numbers: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         """x `(*batch, d)`, numbers `(P, d, *batch)`: features lead, as conditioners emit them: views only."""
+        dtype = x.dtype
+        if numbers.dtype != dtype or dtype not in (torch.float32, torch.float64):
+            wide = torch.promote_types(dtype, torch.float32)
+            x, numbers = x.to(wide), numbers.to(wide)
         first = features_first(x)
         if numbers.shape[1:] != first.shape:
             shape = torch.broadcast_shapes(x.shape, (*numbers.shape[2:], numbers.shape[1]))
             size, fill = (shape[-1], *shape[:-1]), (1,) * (len(shape) + 1 - numbers.dim())
             numbers = numbers.reshape(*numbers.shape[:2], *fill, *numbers.shape[2:]).expand(-1, *size)
             first = x.expand(shape).movedim(-1, 0)
-        n, dtype = first.numel(), torch.promote_types(x.dtype, torch.float32)
-        flat, numbers = first.reshape(n).to(dtype), numbers.reshape(len(numbers), n).to(dtype)
-        y, ladj = (v.view(first.shape) for v in rational_quadratic(flat, numbers, self.box, inverse))
-        return features_last(y).to(x.dtype), features_last(ladj).to(x.dtype)
+        n = first.numel()
+        y, ladj = rational_quadratic(first.reshape(n), numbers.reshape(numbers.shape[0], n), self.box, inverse)
+        y, ladj = features_last(y.view(first.shape)), features_last(ladj.view(first.shape))
+        return (y, ladj) if y.dtype == dtype else (y.to(dtype), ladj.to(dtype))
 
     def _rows(self, params: Tensor) -> Tensor:
-        if params.dim() < 2 or len(params) != self.num_params:
+        if params.dim() < 2 or params.shape[0] != self.num_params:
             raise ValueError(
                 f"{type(self).__name__} expects params of shape ({self.num_params}, *batch, d), "
                 f"parameter axis first, got shape {tuple(params.shape)}"
