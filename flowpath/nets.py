@@ -78,12 +78,26 @@ class _Net(nn.Module):
         h = h.relu_() if type(activation) is nn.ReLU else activation(h)
         return h if self.dropout is None else self.dropout(h)
 
-    def _perceptron(self, h: Tensor, layers: list[tuple[Tensor, Tensor]], batch: Sequence[int]) -> Tensor:
-        """h `(in, N)` through layers (weight, bias), the activation after each but the last: `(P, *batch, d)`."""
+    def numbers(self, h: Tensor) -> Tensor:
+        """What a subclass computes: h `(in_features + context, N)` -> numbers `(num_params, out_features, N)`."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x `(*batch, in_features)`, context `(*batch, C)` -> params `(num_params, *batch, out_features)`."""
+        numbers = self.numbers(feature_major(x, context))
+        if x.dim() == 2:
+            return numbers.transpose(1, 2)
+        return numbers.view(*numbers.shape[:2], *x.shape[:-1]).movedim(1, -1)
+
+    def _perceptron(self, h: Tensor, layers: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """h through layers (weight, bias), the activation after each but the last."""
         *hidden, final = layers
         for weight, bias in hidden:
             h = self._act(affine(h, weight, bias))
-        return params_first(affine(h, *final), self.num_params, batch)
+        return self._shaped(affine(h, *final))
+
+    def _shaped(self, h: Tensor) -> Tensor:
+        return h.view(self.num_params, self.out_features, h.shape[1])
 
     @property
     def random(self) -> bool:
@@ -138,10 +152,9 @@ class MLP(_Net):
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.final = _zero_final(widths[-1], num_params * out_features)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x `(*batch, in_features)`, context `(*batch, C)` -> params `(num_params, *batch, out_features)`."""
-        layers = [(layer.weight, layer.bias) for layer in (*self.hidden, self.final)]
-        return self._perceptron(feature_major(x, context), layers, x.shape[:-1])
+    def numbers(self, h: Tensor) -> Tensor:
+        """h `(in_features + context, N)` -> numbers `(num_params, out_features, N)`."""
+        return self._perceptron(h, [(layer.weight, layer.bias) for layer in (*self.hidden, self.final)])
 
 
 @register("ResidualMLP")
@@ -183,13 +196,13 @@ class ResidualMLP(_Net):
         self.second = nn.ModuleList(nn.Linear(hidden_features, hidden_features) for _ in range(blocks))
         self.final = _zero_final(hidden_features, num_params * out_features)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x `(*batch, in_features)`, context `(*batch, C)` -> params `(num_params, *batch, out_features)`."""
-        h = apply_linear(feature_major(x, context), self.initial)
+    def numbers(self, h: Tensor) -> Tensor:
+        """h `(in_features + context, N)` -> numbers `(num_params, out_features, N)`."""
+        h = apply_linear(h, self.initial)
         for one, two in zip(self.first, self.second, strict=True):
             inner = self._act(apply_linear(self.activation(h), one))
             h = h + apply_linear(inner, two)
-        return params_first(apply_linear(h, self.final), self.num_params, x.shape[:-1])
+        return self._shaped(apply_linear(h, self.final))
 
 
 @register("MaskedMLP")
@@ -257,9 +270,9 @@ class MaskedMLP(_Net):
         linears = [*self.hidden, self.final]
         return [(x.weight * getattr(self, f"mask{i}"), x.bias) for i, x in enumerate(linears)]
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x `(*batch, features)`, context `(*batch, C)` -> params `(num_params, *batch, features)`."""
-        return self._perceptron(feature_major(x, context), self.layers(), x.shape[:-1])
+    def numbers(self, h: Tensor) -> Tensor:
+        """h `(features + context, N)` -> numbers `(num_params, features, N)`."""
+        return self._perceptron(h, self.layers())
 
 
 def _spread_degrees(features: int, widths: Sequence[int], context: int) -> list[Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from flowpath.layout import features_first, features_last
 from flowpath.nets import MaskedMLP
 from flowpath.registry import register
 from flowpath.transform import Conditioner, Direction, Element, Record, Transform
@@ -16,6 +17,7 @@ from flowpath.transforms.autoregressive_inverse import (
     invert_by_steps,
     solve_transposed,
 )
+from flowpath.transforms.driven import drive
 from flowpath.transforms.elementwise import check_conditioner
 
 
@@ -94,7 +96,9 @@ class MaskedAutoregressive(Transform):
 
     def _apply_element(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Forward in sorted features, with the ladj per feature."""
-        return self.element.forward(x, self.conditioner(x, context))
+        first = features_first(x)
+        z, ladj = drive(self.element, self.conditioner, first, first, context, inverse=False)
+        return features_last(z), features_last(ladj)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         z, ladj = self._apply_element(self._sorted(x), context)

@@ -78,6 +78,10 @@ class Affine(nn.Module):
         s = F.softplus(raw + self._offset) + self.min_scale
         return s, s.log()
 
+    def features_first(self, x: Tensor, numbers: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """The same with features first: the formula asks for no order."""
+        return self.inverse(x, numbers) if inverse else self.forward(x, numbers)
+
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """x `(*batch, d)`, params (a, t) `(2, *batch, d)` -> (y, ladj), each `(*batch, d)`."""
         s, log_s = self._scale(params[0])

@@ -31,22 +31,26 @@ class _Element(nn.Module):
         if not 0.0 < box.min_slope < 1.0:
             raise ValueError(f"{title} expects 0 < min_slope < 1, got {box.min_slope}")
 
-    def _map(self, x: Tensor, numbers: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        """x `(*batch, d)`, numbers `(P, d, *batch)`: features lead, as conditioners emit them: views only."""
-        dtype = x.dtype
+    def features_first(self, x: Tensor, numbers: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """x `(d, *batch)`, numbers `(P, d, *batch)` -> value and ladj, each `(d, *batch)`: views only."""
+        dtype, n = x.dtype, x.numel()
         if numbers.dtype != dtype or dtype not in (torch.float32, torch.float64):
             wide = torch.promote_types(dtype, torch.float32)
             x, numbers = x.to(wide), numbers.to(wide)
+        y, ladj = rational_quadratic(x.reshape(n), numbers.reshape(numbers.shape[0], n), self.box, inverse)
+        y, ladj = y.view(x.shape), ladj.view(x.shape)
+        return (y, ladj) if y.dtype == dtype else (y.to(dtype), ladj.to(dtype))
+
+    def _map(self, x: Tensor, numbers: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """x `(*batch, d)`, numbers `(P, d, *batch)`, broadcast against each other."""
         first = features_first(x)
         if numbers.shape[1:] != first.shape:
             shape = torch.broadcast_shapes(x.shape, (*numbers.shape[2:], numbers.shape[1]))
             size, fill = (shape[-1], *shape[:-1]), (1,) * (len(shape) + 1 - numbers.dim())
             numbers = numbers.reshape(*numbers.shape[:2], *fill, *numbers.shape[2:]).expand(-1, *size)
             first = x.expand(shape).movedim(-1, 0)
-        n = first.numel()
-        y, ladj = rational_quadratic(first.reshape(n), numbers.reshape(numbers.shape[0], n), self.box, inverse)
-        y, ladj = features_last(y.view(first.shape)), features_last(ladj.view(first.shape))
-        return (y, ladj) if y.dtype == dtype else (y.to(dtype), ladj.to(dtype))
+        y, ladj = self.features_first(first, numbers, inverse)
+        return features_last(y), features_last(ladj)
 
     def _rows(self, params: Tensor) -> Tensor:
         if params.dim() < 2 or params.shape[0] != self.num_params:

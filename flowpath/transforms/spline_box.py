@@ -93,5 +93,5 @@ def _made(box: Box, like: Tensor) -> Constants:
 def _kept(box: Box, dtype: torch.dtype, device: torch.device) -> Constants:
     with torch.inference_mode(False), torch.no_grad():
         like = torch.empty((), dtype=dtype, device=device)
-        values = (torch.as_tensor(v, dtype=dtype, device=device) for v in _made(box, like)[:-1])
+        values: list[Any] = [torch.as_tensor(v, dtype=dtype, device=device) for v in _made(box, like)[:-1]]
         return Constants(*values, sums(box, like))
