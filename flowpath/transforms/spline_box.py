@@ -94,4 +94,4 @@ def _kept(box: Box, dtype: torch.dtype, device: torch.device) -> Constants:
     with torch.inference_mode(False), torch.no_grad():
         like = torch.empty((), dtype=dtype, device=device)
         values: list[Any] = [torch.as_tensor(v, dtype=dtype, device=device) for v in _made(box, like)[:-1]]
-        return Constants(*values, sums(box, like))
+        return Constants._make([*values, sums(box, like)])
