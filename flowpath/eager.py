@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -29,3 +31,11 @@ def differentiates_by_hand() -> bool:
         and not is_transformed()
         and forward_ad._current_level < 0
     )
+
+
+def full_precision(like: Tensor) -> AbstractContextManager[object]:
+    """Inside torch.autocast, a context without it: products there keep the dtype of their factors."""
+    kind = like.device.type
+    if not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)

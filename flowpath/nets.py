@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flowpath.checks import check_count
+from flowpath.eager import full_precision
 from flowpath.layout import features_flat
 from flowpath.registry import register
 
@@ -94,9 +95,15 @@ class _Net(nn.Module):
         *hidden, final = layers
         for weight, bias in hidden:
             h = self._act(affine(h, weight, bias))
-        return self._shaped(affine(h, *final))
+        return self._numbers(h, *final)
 
-    def _shaped(self, h: Tensor) -> Tensor:
+    def _numbers(self, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The last layer, in full precision under autocast too: its rounding would go straight into the ladj."""
+        if torch.is_autocast_enabled(h.device.type):
+            with full_precision(h):
+                h = affine(h.to(weight.dtype), weight, bias)
+        else:
+            h = affine(h, weight, bias)
         return h.view(self.num_params, self.out_features, h.shape[1])
 
     @property
@@ -202,7 +209,7 @@ class ResidualMLP(_Net):
         for one, two in zip(self.first, self.second, strict=True):
             inner = self._act(apply_linear(self.activation(h), one))
             h = h + apply_linear(inner, two)
-        return self._shaped(apply_linear(h, self.final))
+        return self._numbers(h, self.final.weight, self.final.bias)
 
 
 @register("MaskedMLP")

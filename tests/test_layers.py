@@ -20,7 +20,7 @@ LAYERS = [
     {"registry", "_pyro"},
     {"checks", "eager", "layout"},
     {"transform"},
-    {"transforms", "nets", "bases", "foreign_bases"},
+    {"transforms", "nets", "bases", "foreign_bases", "recompute"},
     {"distribution", "flow"},
     {"architectures", "draws", "interop"},
     {"estimators"},
