@@ -40,19 +40,26 @@ def rational_quadratic(x: Tensor, numbers: Tensor, box: Box, inverse: bool = Fal
     the plain operations.
 
     Args:
-        x: `(N,)`; the y to go back from where `inverse`.
-        numbers: `(box.rows, N)`: logits of the widths and of the heights above their floors, softmax(logits) =
+        x: N elements of any shape; the y to go back from where `inverse`.
+        numbers: `(box.rows, *shape of x)`: logits of the widths and heights above their floors, softmax(logits) =
             p; then the raw slopes, one a knot but for the ends: slope = min_slope + softplus(raw + c), c so
             that raw = 0 gives 1. Without `box.unit_ends` the first is that of both ends.
         box: where the spline acts, and its floors.
         inverse: the direction.
 
     Returns:
-        The value and the ladj of the direction asked for, each `(N,)`. NaN in x spoils its own element only.
+        The value and the ladj of the direction asked for, each of x's shape. NaN in x spoils its own element only.
     """
     if differentiates_by_hand():
         return _Spline.apply(x, numbers, box, inverse)[:2]
-    return _evaluate(x, numbers, box, inverse)[0]
+    y, ladj = _evaluate(*_flat(x, numbers), box, inverse)[0]
+    return y.view(x.shape), ladj.view(x.shape)
+
+
+def _flat(x: Tensor, numbers: Tensor) -> Pair:
+    """x `(N,)` and numbers `(P, N)`."""
+    n = x.numel()
+    return x.reshape(n), numbers.reshape(numbers.shape[0], n)
 
 
 def _evaluate(x: Tensor, numbers: Tensor, box: Box, inverse: bool) -> tuple[Pair, Tensor, Tensor, _Piece]:
@@ -149,24 +156,25 @@ class _Spline(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, numbers: Tensor, box: Box, inverse: bool) -> tuple[Tensor, ...]:
-        (y, ladj), p, d, piece = _evaluate(x, numbers, box, inverse)
+        (y, ladj), p, d, piece = _evaluate(*_flat(x, numbers), box, inverse)
         ctx.box, ctx.inverse = box, inverse
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, p, d, *piece)
-        return y, ladj, p, d
+        return y.view(x.shape), ladj.view(x.shape), p, d
 
     @staticmethod
     def backward(
         ctx: Any, gy: Tensor | None, gl: Tensor | None, more_p: Tensor | None, more_d: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         x, p, d, *piece = ctx.saved_tensors
-        gy = torch.zeros_like(x) if gy is None else gy
-        gl = torch.zeros_like(x) if gl is None else gl
+        shape, x = x.shape, x.reshape(x.numel())
+        gy, gl = (torch.zeros_like(x) if g is None else g.reshape(x.shape) for g in (gy, gl))
         gradients = _pulled if torch.is_grad_enabled() else _gradients  # create_graph
         c = constants(ctx.box, x)
         gx, gp, gd = gradients(gy, gl, x, p, d, _Piece(*piece), ctx.box, ctx.inverse, c)
         gp, gd = (g if more is None else g + more for g, more in ((gp, more_p), (gd, more_d)))
-        return gx, _to_numbers(gp, gd, p, d, piece[0], ctx.box, c), None, None
+        g_numbers = _to_numbers(gp, gd, p, d, piece[0], ctx.box, c)
+        return gx.view(shape), g_numbers.view(g_numbers.shape[0], *shape), None, None
 
 
 def _pulled(

@@ -33,12 +33,11 @@ class _Element(nn.Module):
 
     def features_first(self, x: Tensor, numbers: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         """x `(d, *batch)`, numbers `(P, d, *batch)` -> value and ladj, each `(d, *batch)`: views only."""
-        dtype, n = x.dtype, x.numel()
+        dtype = x.dtype
         if numbers.dtype != dtype or dtype not in (torch.float32, torch.float64):
             wide = torch.promote_types(dtype, torch.float32)
             x, numbers = x.to(wide), numbers.to(wide)
-        y, ladj = rational_quadratic(x.reshape(n), numbers.reshape(numbers.shape[0], n), self.box, inverse)
-        y, ladj = y.view(x.shape), ladj.view(x.shape)
+        y, ladj = rational_quadratic(x, numbers, self.box, inverse)
         return (y, ladj) if y.dtype == dtype else (y.to(dtype), ladj.to(dtype))
 
     def _map(self, x: Tensor, numbers: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
