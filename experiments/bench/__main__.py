@@ -1,6 +1,7 @@
 """flowpath beside nflows, zuko, normflows and Pyro: the same flows, timed in turns, saved as JSON.
 
-    python -m experiments.bench [--quick | --smoke] [--no-compile] [--device cpu|cuda] [--capability default|avx2|both]
+    python -m experiments.bench [--quick | --smoke] [--mode eager|compiled|both]
+                                  [--capability default|avx2|both] [--device cpu|cuda] [--only NAME]
 
 First the agreement with nflows on the same weights is checked. On a CPU the run is repeated in a child process with
 ATEN_CPU_CAPABILITY=avx2, since part of the gain is special to AVX-512. Results: `results/speed-<capability>.json`
@@ -29,7 +30,7 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few cases, nothing compiled; results under runs/quick")
     parser.add_argument("--smoke", action="store_true", help="one tiny case, seconds; results under runs/smoke")
-    parser.add_argument("--no-compile", action="store_true", help="eager only")
+    parser.add_argument("--mode", choices=("eager", "compiled", "both"), default="both", help="of one kind: merged")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--capability", choices=("default", "avx2", "both"), default="both", help="of the CPU's kernels"
@@ -64,25 +65,28 @@ def run(args: argparse.Namespace) -> None:
     for case in cases:
         counts = {name: r.parameters for name, r in speed.rivals(case, "cpu").items()}
         print(f"{case.name}: parameters {counts}", flush=True)
-        found["records"] += speed.eager(case, args.device, **timing)
-        if not (args.no_compile or args.quick or args.smoke):
+        if args.mode != "compiled":
+            found["records"] += speed.eager(case, args.device, **timing)
+        if args.mode != "eager" and not (args.quick or args.smoke):
             found["records"] += speed.compiled(case, args.device, **timing)
-    found |= {"surroundings": speed.surroundings(args.device) | {"commit": surroundings()["commit"]}}
+        if args.only or args.mode != "both":
+            save(found, args)
     save(found, args)
 
 
 def save(found: dict, args: argparse.Namespace) -> None:
-    """Write the JSON; with `--only` the other cases of an earlier run stay."""
+    """Write the JSON; a run of one mode or of some cases leaves the rest of an earlier run as it was."""
+    found = found | {"surroundings": speed.surroundings(args.device) | {"commit": surroundings()["commit"]}}
     where = HERE / ("runs/smoke" if args.smoke else "runs/quick" if args.quick else "results")
     where.mkdir(parents=True, exist_ok=True)
     name = args.device if args.device == "cuda" else found["surroundings"]["capability"].lower()
     path = where / f"speed-{name}.json"
-    if args.only and path.exists():
+    if (args.only or args.mode != "both") and path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         fresh = {(r["case"], r["operation"], r["mode"]) for r in found["records"]}
         kept = [r for r in before["records"] if (r["case"], r["operation"], r["mode"]) not in fresh]
-        found["records"] = kept + found["records"]
-        found["agreement"]["worst"] = before["agreement"]["worst"] | found["agreement"]["worst"]
+        worst = before["agreement"]["worst"] | found["agreement"]["worst"]
+        found |= {"records": kept + found["records"], "agreement": found["agreement"] | {"worst": worst}}
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"written: {path.relative_to(HERE.parents[1])}")
 
