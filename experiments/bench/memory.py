@@ -67,7 +67,6 @@ def build(name: str) -> Rival:
 def step(name: str, rows: int) -> dict[str, Any]:
     """One training step in this process."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     rival = build(name)
     (-rival.log_prob(torch.randn(8, SHAPE.features)).mean()).backward()  # what is allocated once is there
     x = 1.5 * torch.randn(rows, SHAPE.features)
@@ -108,6 +107,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "memory.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
+    torch.set_num_threads(1)
     if args.child:
         print(json.dumps(step(args.child, args.rows)))
         return
