@@ -14,6 +14,7 @@ from flowpath.bases import Base
 from flowpath.checks import check_context, check_inputs, check_like
 from flowpath.distribution import FlowDistribution, Shape, as_shape
 from flowpath.foreign_bases import TorchBase
+from flowpath.recompute import run
 from flowpath.registry import register
 from flowpath.transform import Chain, Cost, Record, Transform
 
@@ -64,6 +65,9 @@ class Flow(nn.Module):
         base: a `Base`, or a torch distribution with an event and no batch.
         embedding: a module applied to the context before anything sees it, or None.
 
+    Set `flow.checkpoint_layers = True` to compute layers anew in the backward pass of `log_prob` and of draws: the
+    graph then keeps the input of each layer alone, for one more forward pass; gradients are the same bit for bit.
+
     Raises:
         TypeError, ValueError: parts of the wrong kind or of shapes that do not fit.
 
@@ -100,6 +104,7 @@ class Flow(nn.Module):
             raise ValueError(f"Flow: transform and base expect contexts of different widths {widths}")
         self._embedded = widths[0] if widths else 0
         self.context = self._embedded if embedding is None else _input_width(embedding)
+        self.checkpoint_layers = False
         self._warned: set[str] = set()
 
     @property
@@ -126,7 +131,7 @@ class Flow(nn.Module):
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Log density in nats of x `(*batch, *event)`: `(*batch,)`."""
         x, context = check_inputs(self, "x", x, self.event_shape, *self._context(context))
-        z, ladj = self.transform._forward(x, context if self.transform.context else None)
+        z, ladj = run(self.transform, "forward", x, context, checkpoint_layers=self.checkpoint_layers)
         return self.base.log_prob(z, context if self.base.context else None) + ladj
 
     @torch.no_grad()
@@ -173,7 +178,7 @@ class Flow(nn.Module):
             x `(*num_samples, *context_batch, *event)` and log q(x) `(*num_samples, *context_batch)`.
         """
         z, context = self._draw_base(as_shape(num_samples), context, generator, noise)
-        x, ladj = self.transform._inverse(z, context if self.transform.context else None)
+        x, ladj = run(self.transform, "inverse", z, context, checkpoint_layers=self.checkpoint_layers)
         return x, self.base.log_prob(z, context if self.base.context else None) - ladj
 
     def record_draws(self, num_samples: Shape, context: Tensor | None = None, noise: Tensor | None = None) -> Recorded:

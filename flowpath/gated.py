@@ -56,6 +56,10 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x `(*batch, in_features)`, context `(*batch, C)` -> params `(num_params, *batch, out_features)`."""
-        h = feature_major(x, context)
+        return params_first(self.numbers(feature_major(x, context)).flatten(0, 1), self.num_params, x.shape[:-1])
+
+    def numbers(self, h: Tensor) -> Tensor:
+        """h `(in_features + context, N)` -> numbers `(num_params, out_features, N)`."""
         gate = torch.tanh(apply_linear(torch.tanh(apply_linear(h, self.first)), self.second))
-        return params_first(apply_linear(gate * apply_linear(h, self.value), self.final), self.num_params, x.shape[:-1])
+        numbers = apply_linear(gate * apply_linear(h, self.value), self.final)
+        return numbers.view(self.num_params, self.out_features, h.shape[1])

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from flowpath.checks import check_count
+from flowpath.eager import full_precision
+from flowpath.layout import features_flat
 from flowpath.registry import register
 
 Activation = Callable[[], nn.Module]
@@ -32,16 +34,14 @@ def apply_linear(h: Tensor, layer: nn.Module) -> Tensor:
 
 def feature_major(x: Tensor, context: Tensor | None) -> Tensor:
     """x `(*batch, d)`, beside it the context `(*batch, C)`, as `(d + C, N)` with the batch flattened."""
-    h = x.movedim(-1, 0).flatten(1) if x.dim() > 1 else x.unsqueeze(-1)
-    if context is None:
-        return h
-    c = context.movedim(-1, 0).flatten(1) if context.dim() > 1 else context.unsqueeze(-1)
-    return torch.cat([h, c])
+    h = features_flat(x)
+    return h if context is None else torch.cat([h, features_flat(context)])
 
 
 def params_first(h: Tensor, num_params: int, batch: Sequence[int]) -> Tensor:
     """`(num_params * d, N)` as params `(num_params, *batch, d)`, without a copy."""
-    return h.reshape(num_params, h.shape[0] // num_params, *batch).movedim(1, -1)
+    h = h.view(num_params, h.shape[0] // num_params, *batch)
+    return h.transpose(1, 2) if h.dim() == 3 else h.movedim(1, -1)
 
 
 class _Net(nn.Module):
@@ -75,8 +75,40 @@ class _Net(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else None
 
     def _act(self, h: Tensor) -> Tensor:
-        h = self.activation(h)
+        """The activation of a new tensor h, which nothing else needs."""
+        activation = self.activation
+        h = h.relu_() if type(activation) is nn.ReLU else activation(h)
         return h if self.dropout is None else self.dropout(h)
+
+    def numbers(self, h: Tensor) -> Tensor:
+        """What a subclass computes: h `(in_features + context, N)` -> numbers `(num_params, out_features, N)`."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x `(*batch, in_features)`, context `(*batch, C)` -> params `(num_params, *batch, out_features)`."""
+        return self._params(self.numbers(feature_major(x, context)), x)
+
+    def _params(self, numbers: Tensor, x: Tensor) -> Tensor:
+        """Numbers `(num_params, out_features, N)` as params `(num_params, *batch, out_features)`, batch of x."""
+        if x.dim() == 2:
+            return numbers.transpose(1, 2)
+        return numbers.view(*numbers.shape[:2], *x.shape[:-1]).movedim(1, -1)
+
+    def _perceptron(self, h: Tensor, layers: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """h through layers (weight, bias), the activation after each but the last."""
+        *hidden, final = layers
+        for weight, bias in hidden:
+            h = self._act(affine(h, weight, bias))
+        return self._numbers(h, *final)
+
+    def _numbers(self, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The last layer, in full precision under autocast too: its rounding would go straight into the ladj."""
+        if torch.is_autocast_enabled(h.device.type):
+            with full_precision(h):
+                h = affine(h.to(weight.dtype), weight, bias)
+        else:
+            h = affine(h, weight, bias)
+        return h.view(self.num_params, self.out_features, h.shape[1])
 
     @property
     def random(self) -> bool:
@@ -131,12 +163,9 @@ class MLP(_Net):
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.final = _zero_final(widths[-1], num_params * out_features)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x `(*batch, in_features)`, context `(*batch, C)` -> params `(num_params, *batch, out_features)`."""
-        h = feature_major(x, context)
-        for layer in self.hidden:
-            h = self._act(apply_linear(h, layer))
-        return params_first(apply_linear(h, self.final), self.num_params, x.shape[:-1])
+    def numbers(self, h: Tensor) -> Tensor:
+        """h `(in_features + context, N)` -> numbers `(num_params, out_features, N)`."""
+        return self._perceptron(h, [(layer.weight, layer.bias) for layer in (*self.hidden, self.final)])
 
 
 class _Residual(_Net, ABC):
@@ -166,10 +195,14 @@ class _Residual(_Net, ABC):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x `(*batch, in_features)`, context `(*batch, C)` -> params `(num_params, *batch, out_features)`."""
-        h = apply_linear(feature_major(x, context), self.initial)
+        return self._params(self._blocks(feature_major(x, context), context), x)
+
+    def _blocks(self, h: Tensor, context: Tensor | None) -> Tensor:
+        """Numbers `(num_params, out_features, N)` of h `(in_features + context, N)`."""
+        h = apply_linear(h, self.initial)
         for i in range(len(self.first)):
             h = h + self._inner(h, i, context)
-        return params_first(apply_linear(h, self.final), self.num_params, x.shape[:-1])
+        return self._numbers(h, self.final.weight, self.final.bias)
 
 
 @register("ResidualMLP")
@@ -211,6 +244,10 @@ class ResidualMLP(_Residual):
     def _inner(self, h: Tensor, i: int, context: Tensor | None) -> Tensor:
         inner = self._act(apply_linear(self.activation(h), self.first[i]))
         return apply_linear(inner, self.second[i])
+
+    def numbers(self, h: Tensor) -> Tensor:
+        """h `(in_features + context, N)` -> numbers `(num_params, out_features, N)`."""
+        return self._blocks(h, None)
 
 
 @register("MaskedMLP")
@@ -278,13 +315,9 @@ class MaskedMLP(_Net):
         linears = [*self.hidden, self.final]
         return [(x.weight * getattr(self, f"mask{i}"), x.bias) for i, x in enumerate(linears)]
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x `(*batch, features)`, context `(*batch, C)` -> params `(num_params, *batch, features)`."""
-        h = feature_major(x, context)
-        *hidden, final = self.layers()
-        for weight, bias in hidden:
-            h = self._act(affine(h, weight, bias))
-        return params_first(affine(h, *final), self.num_params, x.shape[:-1])
+    def numbers(self, h: Tensor) -> Tensor:
+        """h `(features + context, N)` -> numbers `(num_params, features, N)`."""
+        return self._perceptron(h, self.layers())
 
 
 def _spread_degrees(features: int, widths: Sequence[int], context: int) -> list[Tensor]:

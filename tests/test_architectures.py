@@ -192,3 +192,14 @@ def test_compiles_by_inductor(fresh_compiler: None) -> None:
     with torch.no_grad():
         for got, want in zip(torch.compile(both, fullgraph=True)(normal(4, 2)), both(normal(4, 2)), strict=True):
             assert torch.allclose(got, want, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["maf", "iaf", "nsf_autoregressive"])
+def test_one_feature_alone_maps_both_ways(name: str) -> None:
+    """Every hidden unit then sees nothing, or the context alone."""
+    for context in (0, 2):
+        flow = getattr(fp, name)(1, context, hidden_features=(8,), transforms=2)
+        for p in flow.parameters():
+            nn.init.normal_(p, std=0.3)
+        x, c = torch.randn(5, 1), torch.randn(5, context) if context else None
+        assert torch.allclose(flow.to_data(flow.to_noise(x, c), c), x, atol=1e-4)

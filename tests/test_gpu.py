@@ -222,3 +222,44 @@ def test_dreg_on_the_device(pyro_store: None) -> None:
     guide = fp.svi.AutoFlow(_hierarchy, transforms=2, hidden_features=HIDDEN).setup(y)
     found = fp.svi.DRegELBO(4).loss_and_grads(_hierarchy, guide, y)
     assert torch.isfinite(torch.tensor(found)) and all(p.grad is not None for p in guide.flow.parameters())
+
+
+def test_a_training_step_can_be_captured_as_a_cuda_graph() -> None:
+    """No synchronisation and no new shape: a replayed step leaves the weights that a plain one leaves."""
+    plain = fp.nsf(2, hidden_features=HIDDEN, transforms=2, whiten="none").to(GPU)
+    captured = copy.deepcopy(plain)
+    x, ends = torch.randn(64, 2, device=GPU), []
+    for flow in (plain, captured):
+        adam = torch.optim.Adam(flow.parameters(), lr=1e-3, capturable=True)
+
+        def step(flow: fp.Flow = flow, adam: torch.optim.Adam = adam) -> None:
+            adam.zero_grad(set_to_none=False)
+            (-flow.log_prob(x).mean()).backward()
+            adam.step()
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        if flow is captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            graph.replay()
+            graph.replay()
+        else:
+            step()
+            step()
+        ends.append([p.detach().clone() for p in flow.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*ends, strict=True))
+
+
+def test_autocast_keeps_the_log_density() -> None:
+    flow, x = rough_flow("nsf", 4).float().to(GPU), torch.randn(200, 4, device=GPU)
+    exact = flow.log_prob(x)
+    with torch.autocast("cuda", torch.bfloat16):
+        low = flow.log_prob(x)
+    assert low.dtype == torch.float32
+    assert float((low - exact).abs().mean()) < 5e-2

@@ -21,9 +21,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "flowpath"
 # Bottom first. A module may import, at the top of its file, from its own layer and from those before it.
 LAYERS = [
     {"registry", "_pyro"},
-    {"checks"},
+    {"checks", "eager", "layout"},
     {"transform"},
-    {"transforms", "nets", "gated", "standardize", "bases", "foreign_bases"},
+    {"transforms", "nets", "gated", "standardize", "bases", "foreign_bases", "recompute"},
     {"distribution", "flow"},
     {"architectures", "draws", "interop"},
     {"estimators"},

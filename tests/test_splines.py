@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.distributions import Distribution
 
-from flowpath.transforms.rational_quadratic import Box, _evaluate, _knots
+from flowpath.transforms.rational_quadratic import _evaluate, _knots
 from flowpath.transforms.spline import CircularRationalQuadratic, RationalQuadratic
+from flowpath.transforms.spline_box import Box
 
 both_ways = pytest.mark.parametrize("way", ["forward", "inverse"])
 elements = pytest.mark.parametrize(
@@ -107,12 +108,13 @@ def test_inverse_undoes_forward(element: nn.Module, scale: float) -> None:
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_knots_are_met_exactly(bound: float, scale: float) -> None:
     element = RationalQuadratic(8, bound=bound)
-    params = numbers(element, 30, 1, scale=scale, dtype=torch.float32)
-    xs, ys = _knots(torch.softmax(params[:16, :, 0].unflatten(0, (2, 8)), 1), element.box)
+    params = numbers(element, 30, 1, scale=scale, dtype=torch.float32).unsqueeze(1).expand(-1, 9, -1, -1)
+    p = torch.softmax(params[:16].reshape(2, 8, 9 * 30), 1)
+    xs, ys = _knots(p, element.box).view(2, 9, 9, 30).diagonal(dim1=1, dim2=2).transpose(1, 2)  # knot j in row j
     assert torch.equal(xs[[0, -1]], ys[[0, -1]])
     assert torch.equal(xs[-1], torch.full((30,), bound))
-    y, _ = element.forward(xs.unsqueeze(-1), params.unsqueeze(1))
-    x, _ = element.inverse(ys.unsqueeze(-1), params.unsqueeze(1))
+    y, _ = element.forward(xs.unsqueeze(-1), params)
+    x, _ = element.inverse(ys.unsqueeze(-1), params)
     assert torch.equal(y[..., 0], ys)
     assert torch.equal(x[..., 0], xs)
 
@@ -464,10 +466,10 @@ def test_widths_heights_and_slopes_have_their_floors() -> None:
     xs, ys = _knots(p, box)
     torch.testing.assert_close(xs.diff(dim=0)[:, 0], torch.tensor([2.8, 0.4, 0.4, 0.4]))
     torch.testing.assert_close(ys.diff(dim=0)[:, 0], torch.tensor([3.4, 0.2, 0.2, 0.2]))
-    _, _, piece = _evaluate(torch.linspace(-1.9, 1.9, 5), p, torch.full((5, 5), -50.0), box, False)
-    assert piece.slopes.min() == pytest.approx(0.2)
-    assert piece.slopes[0, 0] == 1.0
-    assert piece.slopes[1, -1] == 1.0
+    _, _, slopes, _ = _evaluate(torch.linspace(-1.9, 1.9, 5), torch.full((11, 5), -50.0), box, False)
+    assert slopes.min() == pytest.approx(0.2)
+    assert slopes[0, 0] == 1.0
+    assert slopes[1, -1] == 1.0
 
 
 # --- the circle ---------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from flowpath.checks import check_count
 from flowpath.flow import Flow
 from flowpath.objectives import MaximumLikelihood
+from flowpath.recompute import checkpointing
 from flowpath.scope import devices, lent, random, versions
 from flowpath.training.checkpoint import Checkpoint, Resumed
 from flowpath.training.compiling import CompileMode, Runner
@@ -53,6 +54,7 @@ def fit(
     seed: int | None = None,
     device: str | torch.device = "auto",
     compile: CompileMode = "auto",
+    checkpoint_layers: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: str | os.PathLike[str] | None = None,
     log_dir: str | os.PathLike[str] | None = None,
@@ -95,6 +97,8 @@ def fit(
         seed: of weights, split, shuffles and dropout; None takes them from torch's global generator.
         device: where to train; "auto" is a GPU where there is one.
         compile: True, False, or "auto": where it pays.
+        checkpoint_layers: compute layers anew in the backward pass: a step takes the memory of one layer, and the
+            time of one more forward pass; the same gradients, without compile.
         checkpoint: a folder or .safetensors file, written atomically while training.
         resume: a checkpoint to go on from, with the same rows and settings; on one CPU thread the result is bit for
             bit that of a fit that was never stopped (with `compile=False`, in-memory rows and no time limit).
@@ -124,7 +128,7 @@ def fit(
     with together(away) as team, random(_seed(seed, team), resumed is not None, away):
         flow, x = build(flow, x, context, options)
         order_seed = int(torch.randint(2**62, ())) if resumed is None else int(resumed.identity["order_seed"])
-        with lent(flow, home, away):
+        with lent(flow, home, away), checkpointing(flow, checkpoint_layers):
             opt = (optimizer or partial(adam, learning_rate))(trainable(flow))
             front = Front(flow)
             objective = MaximumLikelihood(front.inner)
@@ -136,7 +140,7 @@ def fit(
             limits = _limits(data, epochs, steps, patience, clip, time_limit)
             _warn_if_slow(flow)
             loop = Loop(
-                Runner(team.share_out(objective, data.batches), team.compiles(compile), away),
+                Runner(team.share_out(objective, data.batches), team.compiles(compile and not checkpoint_layers), away),
                 data.batches,
                 None if data.validation is None else partial(held_out, front, data.validation, team),
                 kept,

@@ -53,6 +53,7 @@ class Front:
         if last or self.context_layer is not None:
             rest = [t for _, t in layers[last:]] or [Permutation(range(flow.event_shape[0]))]
             self.inner = Flow(Chain(rest), flow.base, embedding)
+            self.inner.checkpoint_layers = flow.checkpoint_layers
         self._warned = False
 
     @property

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from flowpath.eager import full_precision
+from flowpath.layout import features_first, features_last
 from flowpath.nets import MaskedMLP
 from flowpath.registry import register
 from flowpath.transform import Conditioner, Direction, Element, Record, Transform
@@ -16,6 +18,7 @@ from flowpath.transforms.autoregressive_inverse import (
     invert_by_steps,
     solve_transposed,
 )
+from flowpath.transforms.driven import drive
 from flowpath.transforms.elementwise import check_conditioner
 
 
@@ -94,21 +97,25 @@ class MaskedAutoregressive(Transform):
 
     def _apply_element(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Forward in sorted features, with the ladj per feature."""
-        return self.element.forward(x, self.conditioner(x, context))
+        first = features_first(x)
+        z, ladj = drive(self.element, self.conditioner, first, first, context, inverse=False)
+        return features_last(z), features_last(ladj)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         z, ladj = self._apply_element(self._sorted(x), context)
         return self._unsorted(z), ladj.sum(-1)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        z = self._sorted(z)
-        if not isinstance(self.conditioner, MaskedMLP):
-            x, ladj = invert_by_passes(self, z, context)
-        elif self._element_learns or self.conditioner.random or _is_traced():
-            x, ladj = invert_by_steps(self, z, context, keep_graph=True)
-        else:
-            x, ladj = ImplicitInverse.apply(self, z, context, *self.conditioner.parameters())
+        with full_precision(z):  # many small products: low precision would buy nothing
+            x, ladj = self._invert(self._sorted(z), context)
         return self._unsorted(x), ladj
+
+    def _invert(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        if not isinstance(self.conditioner, MaskedMLP):
+            return invert_by_passes(self, z, context)
+        if self._element_learns or self.conditioner.random or _is_traced():
+            return invert_by_steps(self, z, context, keep_graph=True)
+        return ImplicitInverse.apply(self, z, context, *self.conditioner.parameters())
 
     def record(self, direction: Direction, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Record]:
         if direction == "inverse":

@@ -117,7 +117,7 @@ class _Steps:
                 h = offset.expand(-1, self.size)
                 if seen:
                     h = torch.addmm(h, weight[start:stop, :seen], self._read(j, seen))
-                self._write(j + 1, start, self.net._act(h))
+                self._write(j + 1, start, self.net._act(h if seen else h.clone()))
             seen = stop
 
 

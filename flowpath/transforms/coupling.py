@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flowpath.layout import features_first, features_last
 from flowpath.registry import register
 from flowpath.transform import Conditioner, Direction, Element, Record, Transform
+from flowpath.transforms.driven import drive
 from flowpath.transforms.elementwise import check_conditioner
 
 
@@ -75,50 +77,69 @@ class Coupling(Transform):
         self.element, self.conditioner, self.unconditional = element, conditioner, unconditional
         self.register_buffer("kept", kept, persistent=False)
         self.register_buffer("moved", moved, persistent=False)
-        # Where the mask is "first these, then those", splitting is a view and joining one concatenation.
-        self._halves = (len(kept), len(moved)) if bool((kept < moved[0]).all()) else None
+        self._sizes = len(kept), len(moved)
+        order = torch.cat([kept, moved] if kept[0] < moved[0] else [moved, kept])
+        self._moved_first = bool(moved[0] < kept[0])
+        self._blocks = torch.equal(order, torch.arange(len(bits)))
+        self._alternate = (
+            torch.equal(bits.view(-1, 2), bits[:2].expand(len(bits) // 2, 2)) if len(bits) % 2 == 0 else False
+        )
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.movedim(-1, 0)
-        parts = x.split(self._halves) if self._halves else (x.index_select(0, self.kept), x.index_select(0, self.moved))
-        return parts[0].movedim(0, -1), parts[1].movedim(0, -1)
+        """The kept and the moved of x `(d, *batch)`; views where the mask is two blocks or alternates."""
+        if self._blocks:
+            sizes = self._sizes[::-1] if self._moved_first else self._sizes
+            a, b = x.split(sizes)
+        elif self._alternate:
+            a, b = x.view(x.shape[0] // 2, 2, *x.shape[1:]).unbind(1)
+        else:
+            return x.index_select(0, self.kept), x.index_select(0, self.moved)
+        return (b, a) if self._moved_first else (a, b)
 
     def _join(self, like: Tensor, kept: Tensor, moved: Tensor, *, kept_as_is: bool) -> Tensor:
-        """Both parts in place; `kept_as_is` says that `like` holds the kept part already."""
-        a, b = kept.movedim(-1, 0), moved.movedim(-1, 0)
-        if self._halves:
-            return torch.cat([a, b]).movedim(0, -1)
+        """Both parts in place, features first; `kept_as_is` says that `like` holds the kept part already."""
+        parts = (moved, kept) if self._moved_first else (kept, moved)
+        if self._blocks:
+            return torch.cat(parts)
+        if self._alternate:
+            return torch.stack(parts, 1).view(like.shape)
         if kept_as_is:
-            return like.movedim(-1, 0).index_copy(0, self.moved, b).movedim(0, -1)
-        out = torch.empty_like(like).movedim(-1, 0)
-        return out.index_copy(0, self.kept, a).index_copy(0, self.moved, b).movedim(0, -1)
+            return like.index_copy(0, self.moved, moved)
+        return torch.empty_like(like).index_copy(0, self.kept, kept).index_copy(0, self.moved, moved)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        x = features_first(x)
         kept, moved = self._split(x)
-        out, ladj = self.element.forward(moved, self.conditioner(kept, context))
-        total = ladj.sum(-1)
+        out, ladj = drive(self.element, self.conditioner, kept, moved, context, inverse=False)
+        total = ladj.sum(0)
         if self.unconditional is not None:
-            kept, more = self.unconditional._forward(kept, None)
+            kept, more = self._alone("forward", kept)
             total = total + more
-        return self._join(x, kept, out, kept_as_is=self.unconditional is None), total
+        return features_last(self._join(x, kept, out, kept_as_is=self.unconditional is None)), total
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        z = features_first(z)
         kept, moved = self._split(z)
         more: Tensor | float = 0.0
         if self.unconditional is not None:
-            kept, more = self.unconditional._inverse(kept, None)
-        out, ladj = self.element.inverse(moved, self.conditioner(kept, context))
-        return self._join(z, kept, out, kept_as_is=self.unconditional is None), ladj.sum(-1) + more
+            kept, more = self._alone("inverse", kept)
+        out, ladj = drive(self.element, self.conditioner, kept, moved, context, inverse=True)
+        return features_last(self._join(z, kept, out, kept_as_is=self.unconditional is None)), ladj.sum(0) + more
+
+    def _alone(self, direction: Direction, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """The kept features through `unconditional`."""
+        value, ladj = self.unconditional.run(direction, features_last(kept), None)  # type: ignore[union-attr]
+        return features_first(value), ladj
 
     def record(self, direction: Direction, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Record]:
         if self.unconditional is not None:
             return super().record(direction, value, context)
         with torch.enable_grad():
-            kept, moved = (v if v.requires_grad else v.detach().requires_grad_() for v in self._split(value))
-            run = self.element.forward if direction == "forward" else self.element.inverse
-            out, ladj = run(moved, self.conditioner(kept, context))
-            output = self._join(value, kept, out, kept_as_is=True)
-        return output, ladj.sum(-1), Record(direction, output, context, (kept, moved, out, ladj))
+            first = features_first(value)
+            kept, moved = (v if v.requires_grad else v.detach().requires_grad_() for v in self._split(first))
+            out, ladj = drive(self.element, self.conditioner, kept, moved, context, direction == "inverse")
+            output = features_last(self._join(first, kept, out, kept_as_is=True))
+        return output, ladj.sum(0), Record(direction, output, context, (kept, moved, out, ladj))
 
     def pull_score(self, record: Record, score: Tensor) -> Tensor:
         """The closed form of a coupling: one local product through the conditioner, whose graph `record` kept.
@@ -129,6 +150,7 @@ class Coupling(Transform):
         if record.extra is None:
             return super().pull_score(record, score)
         kept, moved, out, ladj = record.extra
+        score = features_first(score)
         g_kept, g_moved = self._split(score)
         one = torch.ones_like(ladj)
         if ladj.requires_grad:
@@ -140,4 +162,4 @@ class Coupling(Transform):
             [o for o, _ in outputs], kept, [c for _, c in outputs], retain_graph=True, allow_unused=True
         )
         g_kept = g_kept if pulled is None else g_kept - pulled
-        return self._join(score, g_kept, g_moved, kept_as_is=False)
+        return features_last(self._join(score, g_kept, g_moved, kept_as_is=False))

@@ -45,6 +45,10 @@ class ScaleAndShift(nn.Module, ABC):
     def _scale(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """s and log s of raw numbers."""
 
+    def features_first(self, x: Tensor, numbers: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """The same with features first: the formula asks for no order."""
+        return self.inverse(x, numbers) if inverse else self.forward(x, numbers)
+
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """x `(*batch, d)`, params (a, t) `(2, *batch, d)` -> (y, ladj), each `(*batch, d)`."""
         s, log_s = self._scale(params[0])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowpath.checks import check_count
+from flowpath.eager import full_precision
 from flowpath.nets import MLP
 from flowpath.registry import register
 from flowpath.transform import Record, Transform
@@ -129,7 +130,8 @@ class LU(_Matrix):
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         lower, upper, ladj = self._factors()
-        z = x @ upper.T @ lower.T
+        with full_precision(x):
+            z = x @ upper.T @ lower.T
         return z if self.bias is None else z + self.bias, ladj.expand(x.shape[:-1])
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -142,7 +144,8 @@ class LU(_Matrix):
         lower, upper, _ = self._factors()
         if forward:
             return _solve_right(lower, _solve_right(upper, score, upper=True), upper=False)
-        return score @ lower @ upper
+        with full_precision(score):
+            return score @ lower @ upper
 
 
 def _solve_right(matrix: Tensor, x: Tensor, *, upper: bool) -> Tensor:
@@ -184,8 +187,9 @@ class Householder(_Matrix):
 
     def _reflect(self, x: Tensor, vectors: Tensor) -> Tensor:
         unit = vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-        for v in unit.unbind(0):
-            x = x - 2.0 * (x @ v).unsqueeze(-1) * v
+        with full_precision(x):
+            for v in unit.unbind(0):
+                x = x - 2.0 * (x @ v).unsqueeze(-1) * v
         return x
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -263,5 +267,6 @@ class TriangularAffine(Transform):
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         shift, lower, log_scale = self._parts(context)
-        x = z @ lower.T if context is None else (lower @ z.unsqueeze(-1)).squeeze(-1)
+        with full_precision(z):
+            x = z @ lower.T if context is None else (lower @ z.unsqueeze(-1)).squeeze(-1)
         return x + shift, log_scale.expand(z.shape[:-1])

@@ -6,10 +6,11 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from flowpath.layout import features_first, features_last, numbers_first
 from flowpath.registry import register
-from flowpath.transforms.rational_quadratic import Box, rational_quadratic
+from flowpath.transforms.rational_quadratic import rational_quadratic
+from flowpath.transforms.spline_box import Box
 
 
 class _Element(nn.Module):
@@ -30,36 +31,33 @@ class _Element(nn.Module):
         if not 0.0 < box.min_slope < 1.0:
             raise ValueError(f"{title} expects 0 < min_slope < 1, got {box.min_slope}")
 
-    def _map(self, x: Tensor, rows: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        """x `(*batch, d)`, rows `(P, d, *batch)`: features lead, as conditioners emit them: views only."""
-        shape = (*rows.shape[2:], rows.shape[1])
-        if shape != x.shape:
-            shape = torch.broadcast_shapes(x.shape, shape)
-        size, n, fill = (shape[-1], *shape[:-1]), math.prod(shape), (1,) * (len(shape) + 1 - rows.dim())
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        rows = rows.reshape(*rows.shape[:2], *fill, *rows.shape[2:]).to(dtype)
-        logits, raw = rows.split((2 * self.bins, len(rows) - 2 * self.bins))
-        p = torch.softmax(logits.unflatten(0, (2, self.bins)), 1)  # before it is expanded
-        y, ladj = rational_quadratic(
-            x.expand(shape).movedim(-1, 0).reshape(n).to(dtype),
-            p.expand(-1, -1, *size).reshape(2, self.bins, n),
-            self._knot_slopes(raw.expand(-1, *size).reshape(len(raw), n)),
-            self.box,
-            inverse,
-        )
-        return y.view(size).movedim(0, -1).to(x.dtype), ladj.view(size).movedim(0, -1).to(x.dtype)
+    def features_first(self, x: Tensor, numbers: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """x `(d, *batch)`, numbers `(P, d, *batch)` -> value and ladj, each `(d, *batch)`: views only."""
+        dtype = x.dtype
+        if numbers.dtype != dtype or dtype not in (torch.float32, torch.float64):
+            wide = torch.promote_types(dtype, torch.float32)
+            x, numbers = x.to(wide), numbers.to(wide)
+        y, ladj = rational_quadratic(x, numbers, self.box, inverse)
+        return (y, ladj) if y.dtype == dtype else (y.to(dtype), ladj.to(dtype))
+
+    def _map(self, x: Tensor, numbers: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """x `(*batch, d)`, numbers `(P, d, *batch)`, broadcast against each other."""
+        first = features_first(x)
+        if numbers.shape[1:] != first.shape:
+            shape = torch.broadcast_shapes(x.shape, (*numbers.shape[2:], numbers.shape[1]))
+            size, fill = (shape[-1], *shape[:-1]), (1,) * (len(shape) + 1 - numbers.dim())
+            numbers = numbers.reshape(*numbers.shape[:2], *fill, *numbers.shape[2:]).expand(-1, *size)
+            first = x.expand(shape).movedim(-1, 0)
+        y, ladj = self.features_first(first, numbers, inverse)
+        return features_last(y), features_last(ladj)
 
     def _rows(self, params: Tensor) -> Tensor:
-        if params.dim() < 2 or len(params) != self.num_params:
+        if params.dim() < 2 or params.shape[0] != self.num_params:
             raise ValueError(
                 f"{type(self).__name__} expects params of shape ({self.num_params}, *batch, d), "
                 f"parameter axis first, got shape {tuple(params.shape)}"
             )
-        return params.movedim(-1, 1)
-
-    def _knot_slopes(self, raw: Tensor) -> Tensor:
-        """The `(K + 1, N)` raw slopes of all knots, copied, so that no graph keeps a conditioner's output."""
-        raise NotImplementedError
+        return numbers_first(params)
 
     def extra_repr(self) -> str:
         return f"bins={self.bins}, low={self.box.low:g}, high={self.box.high:g}"
@@ -119,9 +117,6 @@ class RationalQuadratic(_Element):
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """The way back: (x, ladj), ladj of this direction."""
         return self._map(y, self._rows(params), inverse=True)
-
-    def _knot_slopes(self, raw: Tensor) -> Tensor:
-        return F.pad(raw, (0, 0, 1, 1))
 
 
 @register("CircularRationalQuadratic")
@@ -183,6 +178,3 @@ class CircularRationalQuadratic(_Element):
     def _wrap(self, x: Tensor) -> Tensor:
         z = self.start + torch.remainder(x - self.start, self.period)
         return torch.where(z >= self.box.high, self.start, z)  # remainder may round up to the period
-
-    def _knot_slopes(self, raw: Tensor) -> Tensor:
-        return torch.cat((raw, raw[:1]))

@@ -1,0 +1,149 @@
+"""One run of the comparison: every case, every operation, eager and compiled, as records for the JSON."""
+
+from __future__ import annotations
+
+import platform
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from experiments.bench.agreement import TOLERANCE, matched, worst_difference
+from experiments.bench.cases import RSAMPLE, SAMPLE, TRAIN, VARIATIONAL, Case, operation
+from experiments.bench.measure import ratios, side_by_side, spread
+from experiments.bench.peers import LIBRARIES, Rival
+
+Record = dict[str, Any]
+OURS, FUSED, COMPILED = "flowpath", "flowpath, fused Adam", "flowpath, compiled"
+# nflows breaks its graph at every spline and gains little from compiling: two cases show it.
+COMPILED_PEERS = {"small": ("nflows", "zuko"), "coupling D=43": ("nflows", "zuko")}
+
+
+def rivals(case: Case, device: str) -> dict[str, Rival]:
+    """The case's flow in every library that can build it, on the device."""
+    torch.manual_seed(0)
+    found = dict(zip((OURS, "nflows"), matched(case.kind, case.shape), strict=True))
+    for name in LIBRARIES:
+        if name not in found:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    found[name] = LIBRARIES[name][case.kind](case.shape)
+                    found[name].log_prob(torch.randn(2, case.shape.features))
+                except Exception as error:  # a library that cannot build this flow is left out, and said so
+                    print(f"  {case.name}: {name} left out: {type(error).__name__}: {error}")
+                    found.pop(name, None)
+    for rival in found.values():
+        rival.module.to(device)
+    return found
+
+
+def agreement(cases: Iterable[Case]) -> Record:
+    """The worst difference from nflows with the same weights over all cases; refuses to go on past the tolerance."""
+    worst = {case.name: worst_difference(case.kind, case.shape) for case in cases}
+    if max(worst.values()) > TOLERANCE:
+        raise SystemExit(f"flowpath and nflows differ with the same weights: {worst}")
+    return {"tolerance": TOLERANCE, "worst": worst}
+
+
+def eager(case: Case, device: str, **timing: Any) -> Iterator[Record]:
+    """A record an operation, all libraries side by side; training with flowpath's own choice of Adam beside."""
+    flows = rivals(case, device)
+    counts = {name: rival.parameters for name, rival in flows.items()}
+    for name in case.operations:
+        works = {who: operation(rival, name, case, device, fused=False) for who, rival in flows.items()}
+        if name in (TRAIN, VARIATIONAL):
+            works[FUSED] = operation(flows[OURS], name, case, device, fused=True)
+        works = {who: work for who, work in works.items() if _runs(who, case, name, work)}
+        yield _record(case, name, "eager", side_by_side(works, device, **timing), counts)
+
+
+def compiled(case: Case, device: str, **timing: Any) -> Iterator[Record]:
+    """The same with torch.compile, the peers' too, and Adam fused for all; cold seconds beside."""
+    for name in case.compiled:
+        flows = rivals(case, device)
+        counts = {who: rival.parameters for who, rival in flows.items()}
+        works = {"nflows": operation(flows["nflows"], name, case, device, fused=False)}
+        cold = {}
+        for who in (OURS, *COMPILED_PEERS.get(case.name, ("zuko",))):
+            if who not in flows:
+                continue
+            torch._dynamo.reset()
+            work = operation(_compile(flows[who], name, who == OURS), name, case, device, fused=True)
+            begun = time.process_time()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                if not _runs(f"{who}, compiled", case, name, work):
+                    continue
+                work()
+            cold[f"{who}, compiled"] = time.process_time() - begun
+            works[f"{who}, compiled"] = work
+        record = _record(case, name, "compiled", side_by_side(works, device, **timing), counts, COMPILED)
+        yield record | {"cold_cpu_seconds": cold}
+    torch._dynamo.reset()
+
+
+def _compile(rival: Rival, name: str, ours: bool) -> Rival:
+    """Compiled entry points. flowpath's sequential inverse is compiled Element by Element, which is what recurs."""
+    if ours and name in (SAMPLE, RSAMPLE):
+        element = next(m for m in rival.module.modules() if hasattr(m, "num_params") and hasattr(m, "inverse"))
+        element.inverse = torch.compile(element.inverse, dynamic=True)  # type: ignore[assignment]
+        element.features_first = torch.compile(element.features_first, dynamic=True)  # type: ignore[assignment]
+        return rival
+    calls: tuple[Callable[..., Any], ...] = (rival.log_prob, rival.rsample, rival.rsample_and_log_prob)
+    return Rival(rival.module, *(torch.compile(call) for call in calls))
+
+
+def _runs(who: str, case: Case, name: str, work: Callable[[], object]) -> bool:
+    try:
+        work()
+    except Exception as error:
+        print(f"  {case.name}, {name}: {who} fails: {type(error).__name__}: {str(error)[:120]}")
+        return False
+    return True
+
+
+def _record(
+    case: Case, name: str, mode: str, times: dict[str, list[float]], counts: dict[str, int], ours: str = OURS
+) -> Record:
+    record = {
+        "case": case.name,
+        "operation": name,
+        "mode": mode,
+        "batch": case.size(name),
+        "rounds": len(next(iter(times.values()))),
+        "parameters": counts,
+        "milliseconds": {who: spread([1e3 * s for s in values]) for who, values in times.items()},
+        "ratios": ratios(times, ours),
+    }
+    if FUSED in times:
+        record["ratios_fused"] = {k: v for k, v in ratios(times, FUSED).items() if k != OURS}
+    shown = "  ".join(f"{who} {v['median']:.3g}" for who, v in record["milliseconds"].items())
+    beside = "  ".join(
+        f"{who} {v['median']:.2f} [{v['low']:.2f}, {v['high']:.2f}]" for who, v in record["ratios"].items()
+    )
+    print(f"{case.name}, {name}, {mode}: ms {shown}\n    ratio {beside}", flush=True)
+    return record
+
+
+def surroundings(device: str) -> Record:
+    """Processor, CPU capability, threads and versions."""
+    packages = ("torch", "nflows", "zuko", "normflows", "pyro-ppl", "numpy")
+    return {
+        "processor": platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "python": platform.python_version(),
+        "versions": {name: found for name in packages if (found := _version(name))},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

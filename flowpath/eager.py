@@ -1,0 +1,41 @@
+"""Who looks on: whether derivatives written by hand, and tensors kept from call to call, may be used here."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def is_plain(like: Tensor) -> bool:
+    """Whether neither a tracer nor a transform looks on, which would leave its mark on a tensor made meanwhile."""
+    return type(like) is Tensor and not torch.compiler.is_compiling() and not is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether torch.func's transforms are at work."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def differentiates_by_hand() -> bool:
+    """Whether a backward pass may come, and plain autograd is what will run it.
+
+    Not where gradients are off; not under torch.compile and torch.func, which differentiate the operations
+    themselves; not in a dual level of forward-mode differentiation.
+    """
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not is_transformed()
+        and forward_ad._current_level < 0
+    )
+
+
+def full_precision(like: Tensor) -> AbstractContextManager[object]:
+    """Inside torch.autocast, a context without it: products there keep the dtype of their factors."""
+    kind = like.device.type
+    if not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
