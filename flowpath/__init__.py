@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         MaskedAutoregressive,
         Permutation,
         RationalQuadratic,
+        SinhArcsinh,
         TriangularAffine,
         Whiten,
     )
@@ -104,6 +105,7 @@ __all__ = [
     "ResidualMLP",
     "ReverseKL",
     "Score",
+    "SinhArcsinh",
     "Sobol",
     "StandardNormal",
     "Standardize",
@@ -175,7 +177,7 @@ _GIVES = {
     "transform": "Chain Conditioner Element Inverse Record Transform",
     "transforms": (
         "ActNorm Additive Affine CircularRationalQuadratic Coupling Elementwise Householder LU LowRankAffine "
-        "MaskedAutoregressive Permutation RationalQuadratic TriangularAffine Whiten"
+        "MaskedAutoregressive Permutation RationalQuadratic SinhArcsinh TriangularAffine Whiten"
     ),
     "variational": "IWBound LogVariance ReverseKL",
 }

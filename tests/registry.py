@@ -102,6 +102,7 @@ ELEMENTS: dict[str, Callable[[], fp.Element]] = {
     "affine": fp.Affine,
     "affine-bounded": lambda: fp.Affine(log_bound=2.0),
     "spline": lambda: fp.RationalQuadratic(4, bound=3.0),
+    "sinh-arcsinh": fp.SinhArcsinh,
     "circular": lambda: fp.CircularRationalQuadratic(3),
 }
 

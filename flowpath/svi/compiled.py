@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 import warnings
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import pyro
 import torch
-import torch.utils._pytree as pytree
 from pyro import poutine
 from pyro.infer.elbo import ELBO
 from pyro.optim import PyroOptim
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.optim import Optimizer
 
+from flowpath.svi.arguments import Seen, kind_of, unhashable
 from flowpath.svi.elbo import PathMixin
 from flowpath.svi.steps import Plan, Problem
 from flowpath.svi.tracing import TracingError
@@ -99,7 +98,7 @@ class CompiledSVI:
         self._weight: ScoreWeight | None = None
         self._plans: OrderedDict[Any, Plan | None] = OrderedDict()
         self._kinds = 0
-        self._known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._seen = Seen()
         self._doubt = self._named = False
         self._last: Plan | None = None
         self._names: list[tuple[str, Tensor]] = []
@@ -211,21 +210,14 @@ class CompiledSVI:
 
     def _kind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
         """What a trace depends on, and the tensors that it takes; None for arguments that it cannot take."""
-        if not kwargs and all(type(a) is Tensor for a in args):
-            tensors, structure = list(args), cast(Any, None)
-        else:
-            leaves, structure = pytree.tree_flatten((args, kwargs))
-            tensors = [x for x in leaves if isinstance(x, Tensor)]
-            others = tuple((type(x), x) for x in leaves if not isinstance(x, Tensor))
-            structure = (structure, others)
-        kinds = tuple((x.shape, x.dtype, x.device, x.stride(), x.requires_grad) for x in tensors)
+        kind, tensors = kind_of(args, kwargs)
         modes = tuple(m.training for m in (self.model, self.guide) if isinstance(m, nn.Module))
-        key = (kinds, structure, modes, torch.get_default_dtype())
+        key = kind, modes, torch.get_default_dtype()
         try:
             hash(key)
         except TypeError:
-            unknown = {type(x).__name__ for x in leaves if getattr(type(x), "__hash__", None) is None}
-            self._fall_back(f"arguments of type {', '.join(sorted(unknown))} are neither tensors nor fixed values")
+            names = ", ".join(unhashable(args, kwargs))
+            self._fall_back(f"arguments of type {names} are neither tensors nor fixed values")
             return None, tensors
         return key, tensors
 
@@ -268,22 +260,16 @@ class CompiledSVI:
 
     def _is_news(self, plan: Plan, args: Sequence[Any], kwargs: dict[str, Any], tensors: list[Tensor]) -> bool:
         """Check data that were not seen before; whether it is time to compare with Pyro."""
-        new = [x for x in tensors if not self._is_known(x)]
+        new = self._seen.new(tensors)
+        due = plan.steps >= _CHECK * 2**plan.checks
         if not new:
-            return plan.steps >= _CHECK * 2**plan.checks
+            return due
         if Distribution._validate_args and not (plan.check is not None and plan.check(tensors)):
             with torch.random.fork_rng(sorted({x.device.index for x in new if x.is_cuda})):
                 self.elbo.loss(self.model, self.guide, *args, **kwargs)  # raises, and names the site
-        if len(self._known) > 4096:
-            self._known.clear()
-        for x in new:
-            self._known[id(x)] = weakref.ref(x), _version(x)
+        self._seen.add(new)
         plan.data += 1
-        return plan.data == 2 or plan.steps >= _CHECK * 2**plan.checks
-
-    def _is_known(self, x: Tensor) -> bool:
-        reference, version = self._known.get(id(x), (None, -1))
-        return reference is not None and reference() is x and version == _version(x)
+        return plan.data == 2 or due
 
     def _compare(self, plan: Plan, args: Sequence[Any], kwargs: dict[str, Any], tensors: list[Tensor]) -> None:
         if plan.steps >= _CHECK * 2**plan.checks:
@@ -346,10 +332,6 @@ def _warn_of_nan() -> None:
 
 def _ids(store: Any) -> dict[str, int]:
     return {name: id(p) for name, p in store.named_parameters()}
-
-
-def _version(x: Tensor) -> int:
-    return -1 if x.is_inference() else x._version
 
 
 def _checked(elbo: Any) -> ELBO:

@@ -52,9 +52,9 @@ def fit_posterior(
     weights correct `Posterior.sample`.
 
     Latents may be continuous of any support, also one that depends on another latent; discrete ones that can be
-    enumerated are summed out. The model's own parameters are taken as they are. Where the model runs in float64, all
-    of it is done there, and draws come back in the model's dtype. With a subsampling plate training uses minibatches,
-    and location and verdict the density of all rows.
+    enumerated are summed out. The model's own parameters are taken as they are. Where the model runs in float64,
+    all of it is done there up to 300 latents, and draws come back in the model's dtype. With a subsampling plate
+    training uses minibatches, and location and verdict the density of all rows.
 
     Path gradients: Roeder et al. 2017, arXiv:1703.09194. The recipe of a flow inside a Gaussian: "Advances in
     Black-Box VI" (Agrawal, Sheldon, Domke 2020, arXiv:2006.10343). k-hat: Yao et al. 2018, arXiv:1802.02538.

@@ -11,7 +11,8 @@ from torch import Tensor
 
 LogDensity = Callable[[Tensor], Tensor]
 
-_DENSE = 300  # latents up to which a Hessian is formed
+DENSE = 300
+"""Latents up to which a Hessian is formed."""
 _TRIES = 48  # draws that an ELBO on the way is estimated with
 _TOLERANCE = 1e-6  # of Newton's decrement, in nats
 
@@ -64,7 +65,7 @@ def locate(log_density: LogDensity, starts: Tensor, *, max_steps: int = 100) -> 
             f"log p is not finite at any of {len(starts)} starting points; pass init= with a point where it is"
         )
     best: Gaussian | None = None
-    climb = _newton if dim <= _DENSE else _quasi_newton
+    climb = _newton if dim <= DENSE else _quasi_newton
     for start in starts[finite]:
         for loc, scale in climb(log_density, start, max_steps):
             found = _judged(log_density, loc, scale, noise)
@@ -72,7 +73,7 @@ def locate(log_density: LogDensity, starts: Tensor, *, max_steps: int = 100) -> 
                 best = found
     if best is None or not math.isfinite(best.elbo):
         unit = torch.full_like(starts[0], 0.1)
-        return _judged(log_density, starts[finite][0], unit if dim > _DENSE else torch.diag(unit), noise)
+        return _judged(log_density, starts[finite][0], unit if dim > DENSE else torch.diag(unit), noise)
     return best
 
 
@@ -168,7 +169,7 @@ def _quasi_newton(log_density: LogDensity, x: Tensor, steps: int) -> list[tuple[
     return way
 
 
-def _diagonal_scale(log_density: LogDensity, x: Tensor, probes: int = 16) -> Tensor:
+def _diagonal_scale(log_density: LogDensity, x: Tensor, probes: int = 64) -> Tensor:
     """diag(-H)^(-1/2) by Hutchinson's probes, held between 1e-4 and 10 times the median."""
     generator = torch.Generator().manual_seed(2)
     signs = (torch.randint(0, 2, (probes, len(x)), generator=generator) * 2 - 1).to(x)

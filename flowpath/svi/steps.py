@@ -17,7 +17,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from flowpath.svi.elbo import PathMixin
-from flowpath.svi.tracing import Traced, kept, trace
+from flowpath.svi.plain import kept
+from flowpath.svi.tracing import Traced, trace
 
 Result = tuple[Any, list[Tensor | None]]  # the loss, and a gradient for each parameter that it reaches
 

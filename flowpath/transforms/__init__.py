@@ -6,6 +6,7 @@ from flowpath.transforms.elementwise import Additive, Affine, Elementwise
 from flowpath.transforms.linear import LU, Householder, Permutation, TriangularAffine
 from flowpath.transforms.low_rank import LowRankAffine
 from flowpath.transforms.normalization import ActNorm, Whiten
+from flowpath.transforms.sinh_arcsinh import SinhArcsinh
 from flowpath.transforms.spline import CircularRationalQuadratic, RationalQuadratic
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "MaskedAutoregressive",
     "Permutation",
     "RationalQuadratic",
+    "SinhArcsinh",
     "TriangularAffine",
     "Whiten",
 ]
