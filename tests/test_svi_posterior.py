@@ -141,6 +141,25 @@ def test_a_model_that_stays_in_float32() -> None:
     assert posterior.log_evidence == pytest.approx(want, abs=5e-3)
 
 
+def test_many_latents_take_no_dense_matrix() -> None:
+    """The mean of 350 groups, in float32 as the model has it."""
+    y = 2.0 + normal(350, seed=5).float()
+
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        with pyro.plate("groups", len(y)):
+            theta = pyro.sample("theta", dist.Normal(mu, 0.5))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+    posterior = fit_posterior(model, y, max_steps=60, seed=0, draws=1000)
+    assert max(t.numel() for t in posterior.flow.state_dict().values()) < 351**2 / 4
+    assert posterior.sample(5)["theta"].shape == (5, 350) and posterior.held.u.dtype == torch.float32
+    found = posterior.summary()
+    assert float(found["mu"]["mean"]) == pytest.approx(float(y.mean()), abs=0.3)
+    shrunk = y.mean() + (y - y.mean()) * 0.25 / 1.25
+    assert float((found["theta"]["mean"] - shrunk).std()) < 0.1
+
+
 # --- how it ends, and what it leaves -----------------------------------------------------------------------------
 
 
