@@ -276,6 +276,18 @@ def test_control_flow_on_a_latent_runs_in_a_loop() -> None:
     assert torch.allclose(density(u), torch.stack([by_hand(branching, density, row) for row in u]), atol=1e-10)
 
 
+def test_latents_that_come_and_go_are_refused_by_name() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(num(-9.0), 1.0))
+        if float(x) > 0.0:
+            pyro.sample("extra", dist.Normal(x, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=num(0.3))
+
+    density = ModelDensity(model)
+    with pytest.raises(ModelError, match="latent site 'extra' comes and goes with the values of others"):
+        density(torch.tensor([[1.0]]).double())
+
+
 # --- subsampling -------------------------------------------------------------------------------------------------
 
 

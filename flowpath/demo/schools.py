@@ -1,4 +1,4 @@
-"""Eight schools: effects of coaching on a test, each with its standard error, and a model in which they share strength.
+"""Eight schools: effects of coaching on a test, each with its standard error, and a model that pools them in part.
 
 The data and the model are those of "Bayesian Data Analysis" (Gelman et al., 3rd edition 2013, section 5.5), first
 analysed by Rubin (1981). In the form used here the density has no mode: it grows without bound as tau goes to 0.
@@ -63,7 +63,7 @@ def _schools(axes: Axes, posterior: Posterior) -> None:
     axes.errorbar(middle, place + 0.12, xerr=spread, fmt="o", ms=4, color=_FITTED, label="posterior, 90 %")
     axes.set(yticks=place, yticklabels="ABCDEFGH", xlabel="effect of coaching", ylabel="school")
     axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 def _funnel(axes: Axes, posterior: Posterior) -> None:
@@ -72,4 +72,4 @@ def _funnel(axes: Axes, posterior: Posterior) -> None:
         theta, tau = draws["theta"][:, 0].numpy(), draws["tau"].numpy()
         axes.plot(theta, tau, ".", ms=2, color=colour, alpha=0.5, label=word)
     axes.set(yscale="log", xlabel="effect of school A", ylabel="tau", ylim=(0.02, 60))
-    axes.legend(frameon=False, fontsize=8, markerscale=4, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, ncols=2, markerscale=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))

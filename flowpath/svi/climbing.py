@@ -230,6 +230,7 @@ class Climb:
         return all(
             torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()), equal_nan=True)
             for a, b in zip(*found, strict=True)
+            if b.numel()
         )
 
     def _gradients(self, noise: Tensor, share: Tensor) -> list[Tensor]:

@@ -20,7 +20,7 @@ from torch.distributions import biject_to
 from torch.fx import GraphModule
 
 from flowpath.svi.handlers import Place, default_dtype, quiet
-from flowpath.svi.looking import Trace, depth, first_trace, latents, scores, showing_part
+from flowpath.svi.looking import ModelError, Trace, depth, first_trace, latents, scores, showing_part
 from flowpath.svi.rows import all_rows
 from flowpath.svi.tracing import Traced, trace
 
@@ -51,7 +51,8 @@ class ModelDensity:
 
     Raises:
         ModelError: no continuous latent, a discrete one that cannot be enumerated, local latents in a subsampling
-            plate, latents on more than one device, an observation off its support.
+            plate, latents on more than one device, an observation off its support; when called, latents that come and
+            go.
 
     Example:
         >>> import torch, flowpath as fp, pyro, pyro.distributions as dist
@@ -153,8 +154,18 @@ class ModelDensity:
             tracer = stack.enter_context(poutine.trace())
             stack.enter_context(place)
             model(*self.args, **self.kwargs)
+            self._refuse_changes(tracer.trace)
             tracer.trace.compute_log_prob()
         return tracer.trace, place
+
+    def _refuse_changes(self, trace: Trace) -> None:
+        found = {site["name"] for site in scores(trace) if not site["is_observed"]}
+        changed = found ^ {*self.sites, *self.discrete}
+        if changed:
+            raise ModelError(
+                f"latent site {min(changed)!r} comes and goes with the values of others: the posterior has no fixed "
+                "number of latents; sample it in every run, or split the model"
+            )
 
     def at(self, values: Mapping[str, Tensor]) -> Trace:
         """The model's trace with these values of the latents, at one point."""

@@ -49,10 +49,12 @@ def read(
             f"Posterior.load: the model has {density.dim} unconstrained latents with these arguments, the "
             f"posterior {flow.event_shape[0]}"
         )
+    if density is not None:
+        flow, tensors = flow.to(density.device), {n: t.to(density.device) for n, t in tensors.items()}
     values = {n.removeprefix("value/"): v for n, v in tensors.items() if n.startswith("value/")}
     judged = config["judgement"]
     return {
-        "flow": flow if density is None else flow.to(density.device),
+        "flow": flow,
         "judgement": None if judged is None else Judgement(**judged),
         "held": Held(tensors["u"], values, tensors.get("log_weights")),
         "density": density,

@@ -17,7 +17,7 @@ from flowpath.scope import random
 from flowpath.svi.climbing import Climb, Progress, judge, weighted_draws
 from flowpath.svi.density import ModelDensity
 from flowpath.svi.flows import posterior_flow
-from flowpath.svi.locating import DENSE, Gaussian, LogDensity, locate
+from flowpath.svi.locating import Gaussian, LogDensity, locate
 from flowpath.svi.looking import ModelError
 from flowpath.svi.posterior import Held, Posterior
 from flowpath.svi.promotion import promoted
@@ -101,7 +101,7 @@ def fit_posterior(
     with random(seed, False, _generators()):
         given = ModelDensity(model, args, kwargs, checked=True)
     with random(seed, False, given.device):
-        density = promoted(given) if given.dim <= DENSE else given
+        density = promoted(given)
         task = _Task(density, *_whole(density), draws, transforms, hidden_features)
         if task.whole is None and max_steps is None and time_limit is None:
             raise ValueError(f"fit_posterior: without max_steps or time_limit nothing ends this fit; {task.unjudged}")

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from flowpath.diagnostics import psis
 from flowpath.flow import Flow
 from flowpath.scope import random
 from flowpath.svi import filing, verdicts
 from flowpath.svi.climbing import Judgement, weighted_draws
 from flowpath.svi.density import ModelDensity
 from flowpath.svi.predicting import predict
+from flowpath.svi.resampling import on_cpu, resampled, smoothed
 from flowpath.svi.summaries import Summary, summarise
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ class Posterior:
         if not corrected:
             return self.values(self.flow.sample(num_samples, generator=generator))
         u, log_w = self._pool(num_samples, generator)
-        return self.values(u[_resampled(log_w, num_samples, generator).to(u.device)])
+        return self.values(u[resampled(log_w, num_samples, generator).to(u.device)])
 
     def _pool(self, num_samples: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Draws to resample from: those held, or fresh ones where more are asked for."""
@@ -184,9 +184,9 @@ class Posterior:
                 "were asked for; pass model= and args= to Posterior.load for new ones"
             )
         if corrected and log_w is not None:
-            rows = _resampled(log_w, num_samples, generator)
+            rows = resampled(log_w, num_samples, generator)
         else:
-            rows = torch.randperm(len(self.held.u), generator=_on_cpu(generator))[:num_samples]
+            rows = torch.randperm(len(self.held.u), generator=on_cpu(generator))[:num_samples]
         return {name: v[rows.to(v.device)] for name, v in self.held.values.items()}
 
     def values(self, u: Tensor) -> dict[str, Tensor]:
@@ -222,7 +222,7 @@ class Posterior:
         log_w = self.held.log_weights
         if log_w is None or not self.trusted:
             return torch.full((len(self.held.u),), 1.0 / len(self.held.u), dtype=torch.float64)
-        return psis(_usable(log_w))[0].exp().cpu()
+        return smoothed(log_w)
 
     # -- with the model
 
@@ -254,11 +254,13 @@ class Posterior:
         guide.flow = self.flow
         return guide
 
-    def refine(self, time_limit: float = 60.0, *, chains: int = 4, seed: int | None = None) -> Refined:
+    def refine(
+        self, time_limit: float = 60.0, *, chains: int = 4, draws: int = 1000, seed: int | None = None
+    ) -> Refined:
         """NUTS in the flow's noise space, started from corrected draws. See `flowpath.svi.refining.refine`."""
         from flowpath.svi.refining import refine
 
-        return refine(self, time_limit, chains=chains, seed=seed)
+        return refine(self, time_limit, chains=chains, draws=draws, seed=seed)
 
     def plot(self, names: Sequence[str] | None = None) -> Figure:
         """Pair plot: the flow's draws, and the importance-corrected ones where they are to be had."""
@@ -304,21 +306,3 @@ class Posterior:
             FileNotFoundError, ValueError: no such files, or files of another kind; a model of another size.
         """
         return cls(**filing.read(Path(folder), model, args, kwargs))
-
-
-def _usable(log_w: Tensor) -> Tensor:
-    return torch.where(torch.isfinite(log_w), log_w, -torch.inf)
-
-
-def _resampled(log_w: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """Row numbers `(count,)` by systematic resampling with smoothed weights, shuffled."""
-    weights = psis(_usable(log_w))[0].exp().cpu()
-    cpu = _on_cpu(generator)
-    places = (torch.arange(count, dtype=torch.float64) + torch.rand((), dtype=torch.float64, generator=cpu)) / count
-    rows = torch.searchsorted(weights.cumsum(0), places).clamp_max(len(weights) - 1)
-    return rows[torch.randperm(count, generator=cpu)]
-
-
-def _on_cpu(generator: torch.Generator | None) -> torch.Generator | None:
-    """A generator of the same seed for draws of row numbers, which are made on the CPU."""
-    return None if generator is None else torch.Generator().manual_seed(generator.initial_seed())

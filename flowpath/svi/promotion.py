@@ -10,11 +10,15 @@ from torch.utils import _pytree as pytree
 
 from flowpath.svi.density import ModelDensity
 from flowpath.svi.handlers import default_dtype
+from flowpath.svi.locating import DENSE
 
 
 def promoted(density: ModelDensity) -> ModelDensity:
-    """The same density in float64, where the model runs and agrees with itself there; else the density itself."""
-    if density.dtype == torch.float64:
+    """The same density in float64, where the model runs and agrees with itself there; else the density itself.
+
+    Above 300 latents it stays as it is: no Hessian needs the digits there, and they would double the cost.
+    """
+    if density.dtype == torch.float64 or density.dim > DENSE:
         return density
     args, kwargs = pytree.tree_map(_double, (density.args, density.kwargs))
     try:

@@ -14,12 +14,15 @@ from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 from torch.autograd import Function
 
+from flowpath.checks import check_count
 from flowpath.scope import random
 from flowpath.svi.summaries import Summary, summarise
 from flowpath.svi.tracing import TracingError, trace
 
 if TYPE_CHECKING:
     from flowpath.svi.posterior import Posterior
+
+_LEAST = 20  # transitions of warm-up; 100 where time allows, since the target is nearly N(0, I)
 
 
 @dataclass
@@ -33,6 +36,16 @@ class Refined:
         ess: the least effective sample size over the noise, in draws.
         divergences: how many transitions diverged.
         seconds: what it took.
+
+    Example:
+        >>> import torch, flowpath as fp, pyro, pyro.distributions as dist
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> posterior = fp.svi.fit_posterior(model, torch.tensor(2.0), max_steps=20, seed=0)
+        >>> refined = posterior.refine(time_limit=60.0, chains=2, draws=100, seed=0)
+        >>> refined.rhat < 1.1, refined.values["mu"].shape
+        (True, torch.Size([2, 100]))
     """
 
     values: dict[str, Tensor] = field(repr=False)
@@ -68,24 +81,30 @@ class Refined:
         return summarise(draws, torch.full((count,), 1.0 / count, dtype=torch.float64))
 
 
-def refine(posterior: Posterior, time_limit: float, *, chains: int = 4, seed: int | None = None) -> Refined:
+def refine(
+    posterior: Posterior, time_limit: float, *, chains: int = 4, draws: int = 1000, seed: int | None = None
+) -> Refined:
     r"""Run NUTS on z = T(u), where the target is log p(T^{-1}(z)) + log |det dT^{-1}/dz|.
 
-    Chains start at corrected draws of the flow, so that they need hardly any warm-up; each has its share of the time.
+    Chains start at corrected draws of the flow, so that they need hardly any warm-up; each has its share of the time,
+    and all are cut to the length of the shortest.
     "NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural Transport" (Hoffman et al. 2019,
     arXiv:1903.03704).
 
     Args:
         posterior: of `fit_posterior`, with its model.
-        time_limit: seconds in all.
+        time_limit: seconds in all, at most.
         chains: how many chains, at least 2.
+        draws: of each chain, at most; at least 4.
         seed: of the chains; torch's generator is put back afterwards.
 
     Raises:
         ValueError: settings out of range; no model; a model that subsamples, whose density changes at each call.
     """
-    if chains < 2 or not time_limit > 0.0:
-        raise ValueError(f"refine expects at least 2 chains and a time_limit above 0, got {chains} and {time_limit}")
+    check_count("refine", "chains", chains, least=2)
+    check_count("refine", "draws", draws, least=4)
+    if not time_limit > 0.0:
+        raise ValueError(f"refine expects a time_limit above 0, got {time_limit}")
     density = posterior._model()
     if density.subsampled:
         raise ValueError("refine: the model subsamples its data, so its density changes at each call; pass all rows")
@@ -93,7 +112,10 @@ def refine(posterior: Posterior, time_limit: float, *, chains: int = 4, seed: in
     with random(seed, False, density.device):
         starts = _starts(posterior, chains)
         potential = _potential(posterior)
-        found = [_chain(potential, z, began + time_limit * (i + 1) / chains) for i, z in enumerate(starts)]
+        cost = _cost(potential, starts[0])
+        share = (began + time_limit - time.monotonic()) / chains
+        warmup = int(min(100, max(_LEAST, 0.3 * share / cost)))
+        found = [_chain(potential, z, warmup, draws, time.monotonic() + share) for z in starts]
     length = min(len(points) for points, _ in found)
     if length < 4:
         raise ValueError(f"refine: {time_limit:g} s gave {length} draws a chain after warm-up; allow it more time")
@@ -153,12 +175,21 @@ class _Held(Function):
         return grad * ctx.saved_tensors[0], None, None
 
 
+def _cost(potential: Any, z: Tensor) -> float:
+    """Seconds of a transition, which takes about ten gradients."""
+    z = z.clone().requires_grad_()
+    began = time.monotonic()
+    for _ in range(10):
+        torch.autograd.grad(potential({"z": z}), z)
+    return time.monotonic() - began
+
+
 class _TimeUp(Exception):
     pass
 
 
-def _chain(potential: Any, start: Tensor, deadline: float) -> tuple[Tensor, int]:
-    """Points `(n, D)` of one chain, until the deadline, and its number of divergences."""
+def _chain(potential: Any, start: Tensor, warmup: int, draws: int, deadline: float) -> tuple[Tensor, int]:
+    """Points `(n, D)` of one chain, `draws` of them or fewer by the deadline, and its number of divergences."""
     kernel = NUTS(potential_fn=potential, step_size=0.5, max_tree_depth=8)
     points: list[Tensor] = []
 
@@ -171,8 +202,8 @@ def _chain(potential: Any, start: Tensor, deadline: float) -> tuple[Tensor, int]
 
     mcmc = MCMC(
         kernel,
-        num_samples=1_000_000,
-        warmup_steps=100,
+        num_samples=draws,
+        warmup_steps=warmup,
         initial_params={"z": start},
         disable_progbar=True,
         hook_fn=look,
