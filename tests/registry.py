@@ -14,6 +14,7 @@ from torch.distributions import transforms as tt
 
 import flowpath as fp
 from flowpath.architectures import architectures as RECIPES
+from flowpath.row_nets import PickedMLP, RowMLP
 
 HIDDEN = (8,)
 ARCHITECTURES = sorted(RECIPES)
@@ -129,6 +130,17 @@ def gated(e: fp.Element, context: int = 0) -> fp.Transform:
     return fp.Coupling([True, False, False], e, net, context=context)
 
 
+def rows_of_a_plate(e: fp.Element) -> fp.Transform:
+    """Two rows of a plate given their two mates and a global feature."""
+    net = RowMLP(3, [[1, 2]], [0], 2, num_params=e.num_params, hidden_features=4)
+    return fp.Coupling([False, False, False, True, True], e, net)
+
+
+def picked(e: fp.Element) -> fp.Transform:
+    net = PickedMLP(2, [1], 1, num_params=e.num_params, hidden_features=6)
+    return fp.Coupling([False, False, True], e, net)
+
+
 def foreign(e: fp.Element) -> fp.Transform:
     """A coupling whose conditioner is somebody else's module."""
     net = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, e.num_params))
@@ -225,6 +237,8 @@ def singles() -> Iterator[tuple[str, Case]]:
     yield "coupling-residual", Case(lambda: residual(fp.Affine()))
     yield "coupling-gated", Case(lambda: gated(fp.Affine()))
     yield "coupling-gated-context", Case(lambda: gated(fp.Affine(), 2), context=2)
+    yield "coupling-rows", Case(lambda: rows_of_a_plate(fp.Affine()), features=5)
+    yield "coupling-picked", Case(lambda: picked(fp.Affine()))
     yield "coupling-foreign", Case(lambda: foreign(fp.Affine()), promises=NOTHING)
     yield "autoregressive-1", Case(lambda: autoregressive(fp.Affine(), features=1), features=1)
     yield "autoregressive-20", Case(lambda: autoregressive(fp.Affine(log_bound=0.5), features=20), features=20)

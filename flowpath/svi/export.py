@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,15 +53,21 @@ def _chain(v: Tensor) -> Any:
 def _observations(
     density: ModelDensity, draws: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, list[str]]]:
-    """Log likelihood of each observation at each draw, the observations, and the names of batch dims."""
+    """Log likelihood of each observation at each draw, the observations, and the names of batch dims.
+
+    Rows of a plate that subsamples are left out. With summed-out sites there is no log likelihood: that of an
+    observation hangs on their values.
+    """
     likelihood: dict[str, list[Tensor]] = {}
     observed: dict[str, Any] = {}
     dims: dict[str, list[str]] = {}
-    told = not (density.discrete or density.subsampled)  # else a site's log density is one of draws, or of a minibatch
+    told = not density.discrete
     for i in range(len(next(iter(draws.values()))) if told else 1):
         with torch.no_grad():
             nodes: dict[str, Any] = density.at({n: v[i] for n, v in draws.items()}).nodes
-        sites = {n: s for n, s in nodes.items() if s["type"] == "sample" and _drawn(s)}
+        sites = {
+            n: s for n, s in nodes.items() if s["type"] == "sample" and _drawn(s) and not _in(s, density.subsampled)
+        }
         if i == 0:
             dims = {n: _dims(n, s) for n, s in sites.items()}
             observed = {n: s["value"].detach().cpu().numpy() for n, s in sites.items() if n not in draws}
@@ -75,6 +82,11 @@ def _drawn(site: Any) -> bool:
     if type(site["fn"]).__name__ in ("_Subsample", "Unit") or site["infer"].get("_deterministic"):
         return False
     return bool(site["is_observed"])  # latents are conditioned, so observed here
+
+
+def _in(site: Any, plates: Container[str]) -> bool:
+    """Whether a site shows a part of its rows only."""
+    return any(f.name in plates for f in site["cond_indep_stack"])
 
 
 def _dims(name: str, site: Any) -> list[str]:

@@ -11,9 +11,9 @@ from torch import nn
 from flowpath.bases import StandardNormal
 from flowpath.flow import Flow
 from flowpath.gated import GatedMLP
+from flowpath.row_nets import PickedMLP, RowMLP
 from flowpath.svi.handlers import Site
 from flowpath.svi.locating import Gaussian
-from flowpath.svi.row_nets import PickedMLP, RowMLP
 from flowpath.transform import Chain, Transform
 from flowpath.transforms.coupling import Coupling
 from flowpath.transforms.elementwise import Affine, Elementwise

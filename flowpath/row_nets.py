@@ -93,4 +93,4 @@ class RowMLP(nn.Module):
         params = (self.final @ hidden.flatten(1)).unflatten(-1, hidden.shape[1:]) + self.bias
         if len(self.mates):
             params = params + (self.slope * mates).sum(1)
-        return params.movedim(1, -1).unflatten(1, x.shape[:-1] or (1,)).reshape(self.num_params, *x.shape[:-1], -1)
+        return params.movedim(1, -1).reshape(self.num_params, *x.shape[:-1], self.out_features)
