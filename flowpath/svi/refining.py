@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -155,8 +156,14 @@ def _potential(posterior: Posterior) -> Any:
     except TracingError:
         call = value_and_grad
 
+    return potential_of(call)
+
+
+def potential_of(value_and_grad: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Callable[[dict[str, Tensor]], Tensor]:
+    """For NUTS over a site "z": the potential of a function that gives -log p and its gradient at z together."""
+
     def potential(params: dict[str, Tensor]) -> Tensor:
-        return _Held.apply(params["z"], *call(params["z"].detach()))
+        return _Held.apply(params["z"], *value_and_grad(params["z"].detach()))
 
     return potential
 
