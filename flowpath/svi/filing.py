@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _KEY, _FORMAT = "flowpath-posterior", 1
 _FLOW, _REST = "flow.safetensors", "posterior.safetensors"
-_PLAIN = ("history", "notes", "unjudged", "reason", "seconds", "steps", "others")
+_PLAIN = ("history", "notes", "unjudged", "missed", "reason", "seconds", "steps", "others")
 
 
 def write(posterior: Posterior, folder: Path) -> None:

@@ -17,7 +17,7 @@ from flowpath.scope import random
 from flowpath.svi.climbing import Climb, Progress, judge, weighted_draws
 from flowpath.svi.density import ModelDensity
 from flowpath.svi.flows import posterior_flow
-from flowpath.svi.locating import Gaussian, LogDensity, locate
+from flowpath.svi.locating import Gaussian, LogDensity, locate, missed
 from flowpath.svi.looking import ModelError
 from flowpath.svi.posterior import Held, Posterior
 from flowpath.svi.promotion import promoted
@@ -170,13 +170,17 @@ class _Task:
 
     def run(self, starts: Tensor, settings: dict[str, Any], progress: bool | Literal["auto"]) -> Posterior:
         """Locate, climb, judge."""
-        gaussian = locate(self.whole or self.density, starts)
+        gaussian, *rest = locate(self.whole or self.density, starts)
         sites = list(self.density.sites.values())
         flow = posterior_flow(gaussian, sites, transforms=self.transforms, hidden_features=self.hidden_features)
         with _Bar(progress, settings["max_steps"]) as bar:
             climbed = Climb(flow, self.density, whole=self.whole, **settings).run(bar.show)
         flow.eval().requires_grad_(True)
-        return self._judged(flow, climbed, gaussian)
+        posterior = self._judged(flow, climbed, gaussian)
+        if self.whole is not None and posterior.log_evidence is not None:
+            modes = missed(flow, self.whole, posterior.log_evidence, rest)
+            posterior.missed = sum(math.exp(q.elbo - posterior.log_evidence) for q in modes)
+        return posterior
 
     def _judged(self, flow: Flow, climbed: Progress, gaussian: Gaussian) -> Posterior:
         u, log_w = flow.sample(self.draws), None

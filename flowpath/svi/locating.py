@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from flowpath.flow import Flow
 
 LogDensity = Callable[[Tensor], Tensor]
 
@@ -40,8 +42,8 @@ class Gaussian:
         return (self.scale if self.scale.dim() == 1 else self.scale.diagonal()).log().sum()
 
 
-def locate(log_density: LogDensity, starts: Tensor, *, max_steps: int = 100) -> Gaussian:
-    r"""The Gaussian of best ELBO on the ways uphill from several starts.
+def locate(log_density: LogDensity, starts: Tensor, *, max_steps: int = 100) -> list[Gaussian]:
+    r"""The Gaussian of best ELBO on the way uphill from each of several starts, the best first.
 
     Up to 300 latents each way is Newton's method, damped to steps of bounded length in the metric of |H|, the Hessian
     with its eigenvalues made positive; every iterate with |H|^-1 is a candidate. Above it is L-BFGS with a diagonal
@@ -64,17 +66,39 @@ def locate(log_density: LogDensity, starts: Tensor, *, max_steps: int = 100) -> 
         raise ValueError(
             f"log p is not finite at any of {len(starts)} starting points; pass init= with a point where it is"
         )
-    best: Gaussian | None = None
     climb = _newton if dim <= DENSE else _quasi_newton
-    for start in starts[finite]:
-        for loc, scale in climb(log_density, start, max_steps):
-            found = _judged(log_density, loc, scale, noise)
-            if best is None or found.elbo > best.elbo:
-                best = found
-    if best is None or not math.isfinite(best.elbo):
+    ways = [[_judged(log_density, *q, noise) for q in climb(log_density, x, max_steps)] for x in starts[finite]]
+    best = sorted((max(way, key=_elbo) for way in ways if way), key=_elbo, reverse=True)
+    if not best or not math.isfinite(best[0].elbo):
         unit = torch.full_like(starts[0], 0.1)
-        return _judged(log_density, starts[finite][0], unit if dim > DENSE else torch.diag(unit), noise)
+        return [_judged(log_density, starts[finite][0], unit if dim > DENSE else torch.diag(unit), noise)]
     return best
+
+
+def _elbo(q: Gaussian) -> float:
+    return q.elbo
+
+
+def missed(flow: Flow, log_density: LogDensity, log_evidence: float, candidates: Sequence[Gaussian]) -> list[Gaussian]:
+    """Those Gaussians of comparable mass whose centre the flow hardly ever reaches: modes that it left out.
+
+    At such a centre the flow's density lies 5 nats below the posterior's, and its ELBO is within 5 nats of log Z.
+    """
+    found: list[Gaussian] = []
+    for q in candidates:
+        if q.elbo < log_evidence - 5.0 or any(_same(q, other) for other in found):
+            continue
+        with torch.no_grad():
+            log_p, log_q = log_density(q.loc.unsqueeze(0)), flow.log_prob(q.loc.unsqueeze(0))
+        if float(log_p) - log_evidence - float(log_q) > 5.0:
+            found.append(q)
+    return found
+
+
+def _same(q: Gaussian, other: Gaussian) -> bool:
+    """Whether two centres are within three of the first's standard deviations in every latent."""
+    sd = q.scale if q.scale.dim() == 1 else q.scale.square().sum(-1).sqrt()
+    return bool(((q.loc - other.loc).abs() <= 3.0 * sd).all())
 
 
 def _noise(dim: int, like: Tensor) -> Tensor:

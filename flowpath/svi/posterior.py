@@ -57,6 +57,7 @@ class Posterior:
         notes: what was found on the way, in words.
         reason: why training ended.
         seconds, steps: what it took.
+        missed: mass, in units of what the flow covers, of modes that were seen on the way and that it does not reach.
         unjudged: why there is no judgement, where there is none.
         others: where several seeds were asked for, the other runs' ELBO and largest difference of a mean, in sds.
         density: the model's log density; None after `load` without a model.
@@ -84,6 +85,7 @@ class Posterior:
     seconds: float
     steps: int
     unjudged: str = ""
+    missed: float = 0.0
     others: list[dict[str, float]] = field(default_factory=list)
     density: ModelDensity | None = field(default=None, repr=False)
 
@@ -128,7 +130,7 @@ class Posterior:
         """One line in plain words, and what to do next where it is bad."""
         if self.judgement is None:
             return f"cannot tell: {self.unjudged}"
-        return verdicts.verdict(self.judgement, self.others)
+        return verdicts.verdict(self.judgement, self.others, self.missed)
 
     def __str__(self) -> str:
         lines = [self.verdict()]

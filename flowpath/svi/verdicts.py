@@ -9,17 +9,28 @@ from flowpath.svi.climbing import Judgement
 TRUSTED = 0.7  # k-hat from which on importance weights have no usable variance
 
 
-def verdict(j: Judgement, others: Sequence[Mapping[str, float]] = ()) -> str:
+def verdict(j: Judgement, others: Sequence[Mapping[str, float]] = (), missed: float = 0.0) -> str:
     """One line on a judgement, the worst finding first.
 
     Args:
         j: of fresh draws.
         others: the fits of other seeds: elbo, and how far `apart` a mean is, in sds.
+        missed: mass, in units of what the flow covers, of modes that were seen and that it does not reach.
     """
-    for finding in (_disagreement(j, others), _nonfinite(j), _heavy(j), _off(j)):
+    for finding in (_missed(missed), _disagreement(j, others), _nonfinite(j), _heavy(j), _off(j)):
         if finding:
             return finding
     return _good(j)
+
+
+def _missed(share: float) -> str:
+    if share < 0.01:
+        return ""
+    return (
+        f"another mode with about {share:.2g} times the mass of this one was seen on the way and is not covered: the "
+        "posterior has several modes; constrain or reparameterise the model, or fit each by init= and weigh them by "
+        "log_evidence"
+    )
 
 
 def _disagreement(j: Judgement, others: Sequence[Mapping[str, float]]) -> str:
