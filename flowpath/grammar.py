@@ -226,10 +226,11 @@ def _add_demo(commands: Commands) -> None:
         commands,
         "demo",
         _demo,
-        "fit two flows and show how they compare",
+        "fit three flows and show how good they are",
         """
         Fit a spline flow to draws of a known density and to a real table that ships with scikit-learn. Compare it, on
-        rows the fit never saw, with a full Gaussian and a Gaussian mixture. Takes up to four minutes on two cores.
+        rows the fit never saw, with a full Gaussian and a Gaussian mixture. Then fit the posterior of a Pyro model,
+        eight schools. Takes up to five minutes on two cores.
         """,
         "--out then holds a run, as flowpath fit leaves one, which flowpath sample, score and check take.",
     )

@@ -53,7 +53,8 @@ class Runner:
     def _compile(self) -> None:
         self._auto = False
         try:
-            with validation_kept():
+            with validation_kept(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of torch about torch, while it imports a compiler
                 self._call, self.compiled = torch.compile(self._objective), True
         except Exception as error:
             self._fall_back(error)
