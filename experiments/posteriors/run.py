@@ -50,7 +50,7 @@ from experiments.runner import run_all
 from flowpath.diagnostics import psis
 from flowpath.svi.climbing import judge
 from flowpath.svi.density import ModelDensity
-from flowpath.svi.posterior import Summary, summarise
+from flowpath.svi.summaries import Summary, summarise
 
 HERE = Path(__file__).parent
 LEAST = 15.0  # CPU seconds a guide has at least
