@@ -63,8 +63,10 @@ def eager(case: Case, device: str, **timing: Any) -> Iterator[Record]:
 
 def compiled(case: Case, device: str, **timing: Any) -> Iterator[Record]:
     """The same with torch.compile, the peers' too, and Adam fused for all; cold seconds beside."""
-    torch._inductor.config.compile_threads = 1  # in this process, so that its CPU time can be told
-    torch._inductor.config.force_disable_caches = True
+    from torch._inductor import config  # not before it is needed: it is slow to import
+
+    config.compile_threads = 1  # in this process, so that its CPU time can be told
+    config.force_disable_caches = True
     for name in case.compiled:
         flows = rivals(case, device)
         counts = {who: rival.parameters for who, rival in flows.items()}
