@@ -36,6 +36,9 @@ def rivals(case: Case, device: str) -> dict[str, Rival]:
                 except Exception as error:  # a library that cannot build this flow is left out, and said so
                     print(f"  {case.name}: {name} left out: {type(error).__name__}: {error}")
                     found.pop(name, None)
+    ours = found[OURS].parameters
+    for name in [n for n, rival in found.items() if not 0.8 < rival.parameters / ours < 1.25]:
+        print(f"  {case.name}: {name} left out, its flow is another one: {found.pop(name).parameters} parameters")
     for rival in found.values():
         rival.module.to(device)
     return found
