@@ -87,7 +87,7 @@ def step(name: str, rows: int) -> dict[str, Any]:
         "rows": rows,
         "peak_mib": grown[0] / _MIB,
         "kept_mib": sum(held.values()) / _MIB,
-        "cpu": spent,
+        "cpu_seconds": spent,
     }
 
 
