@@ -1,7 +1,7 @@
 """flowpath beside nflows, zuko, normflows and Pyro: the same flows, timed in turns, saved as JSON.
 
     python -m experiments.bench [--quick | --smoke] [--mode eager|compiled|both]
-                                  [--capability default|avx2|both] [--device cpu|cuda] [--only NAME]
+                                  [--capability default|avx2|both] [--device cpu|cuda] [--only NAME] [--operation NAME]
 
 First the agreement with nflows on the same weights is checked. On a CPU the run is repeated in a child process with
 ATEN_CPU_CAPABILITY=avx2, since part of the gain is special to AVX-512. Results: `results/speed-<capability>.json`
@@ -15,12 +15,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from experiments.bench import speed
-from experiments.bench.cases import CASES, SMOKE
+from experiments.bench.cases import CASES, SMOKE, Case
 from experiments.runner import surroundings
 
 HERE = Path(__file__).parent
@@ -36,6 +37,7 @@ def main(words: list[str] | None = None) -> None:
         "--capability", choices=("default", "avx2", "both"), default="both", help="of the CPU's kernels"
     )
     parser.add_argument("--only", default="", help="cases whose name contains this; results are merged")
+    parser.add_argument("--operation", default="", help="this one alone")
     args = parser.parse_args(words)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no CUDA device here")
@@ -59,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure in this process and save."""
     torch.set_num_threads(1)
     cases = SMOKE if args.smoke else [c for c in CASES if (c.quick or not args.quick) and args.only in c.name]
+    cases = [_with(c, args.operation) for c in cases]
     timing = {"rounds": 3, "block": 0.001} if args.smoke else {"rounds": 7} if args.quick else {}
     found = {"agreement": speed.agreement(cases), "records": []}
     print(f"agreement with nflows, float64: worst {max(found['agreement']['worst'].values()):.1e}", flush=True)
@@ -69,9 +72,15 @@ def run(args: argparse.Namespace) -> None:
             found["records"] += speed.eager(case, args.device, **timing)
         if args.mode != "eager" and not (args.quick or args.smoke):
             found["records"] += speed.compiled(case, args.device, **timing)
-        if args.only or args.mode != "both":
+        if args.only or args.operation or args.mode != "both":
             save(found, args)
     save(found, args)
+
+
+def _with(case: Case, operation: str) -> Case:
+    """The case with one operation, or with all of them."""
+    kept = {k: tuple(o for o in getattr(case, k) if operation in ("", o)) for k in ("operations", "compiled")}
+    return replace(case, **kept)
 
 
 def save(found: dict, args: argparse.Namespace) -> None:
@@ -81,7 +90,7 @@ def save(found: dict, args: argparse.Namespace) -> None:
     where.mkdir(parents=True, exist_ok=True)
     name = args.device if args.device == "cuda" else found["surroundings"]["capability"].lower()
     path = where / f"speed-{name}.json"
-    if (args.only or args.mode != "both") and path.exists():
+    if (args.only or args.operation or args.mode != "both") and path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         fresh = {(r["case"], r["operation"], r["mode"]) for r in found["records"]}
         kept = [r for r in before["records"] if (r["case"], r["operation"], r["mode"]) not in fresh]

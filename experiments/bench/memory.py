@@ -87,7 +87,7 @@ def step(name: str, rows: int) -> dict[str, Any]:
         "rows": rows,
         "peak_mib": grown[0] / _MIB,
         "kept_mib": sum(held.values()) / _MIB,
-        "cpu": spent,
+        "cpu_seconds": spent,
     }
 
 
@@ -111,13 +111,13 @@ def main(words: list[str] | None = None) -> None:
     if args.child:
         print(json.dumps(step(args.child, args.rows)))
         return
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     found = []
     for name in args.libraries.split(";"):
         found.append(in_child(name, args.rows))
         print(f"{name:30s} peak {found[-1]['peak_mib']:8.0f} MiB, graph {found[-1]['kept_mib']:8.0f} MiB", flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    held = {"steps": found, "shape": "10 spline couplings, D = 43, hidden 128 x 2", "surroundings": surroundings()}
-    args.out.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+        held = {"steps": found, "shape": "10 spline couplings, D = 43, hidden 128 x 2", "surroundings": surroundings()}
+        args.out.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import platform
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -36,6 +36,9 @@ def rivals(case: Case, device: str) -> dict[str, Rival]:
                 except Exception as error:  # a library that cannot build this flow is left out, and said so
                     print(f"  {case.name}: {name} left out: {type(error).__name__}: {error}")
                     found.pop(name, None)
+    ours = found[OURS].parameters
+    for name in [n for n, rival in found.items() if not 0.8 < rival.parameters / ours < 1.25]:
+        print(f"  {case.name}: {name} left out, its flow is another one: {found.pop(name).parameters} parameters")
     for rival in found.values():
         rival.module.to(device)
     return found
@@ -63,6 +66,10 @@ def eager(case: Case, device: str, **timing: Any) -> Iterator[Record]:
 
 def compiled(case: Case, device: str, **timing: Any) -> Iterator[Record]:
     """The same with torch.compile, the peers' too, and Adam fused for all; cold seconds beside."""
+    from torch._inductor import config  # not before it is needed: it is slow to import
+
+    config.compile_threads = 1  # in this process, so that its CPU time can be told
+    config.force_disable_caches = True
     for name in case.compiled:
         flows = rivals(case, device)
         counts = {who: rival.parameters for who, rival in flows.items()}
@@ -73,17 +80,22 @@ def compiled(case: Case, device: str, **timing: Any) -> Iterator[Record]:
                 continue
             torch._dynamo.reset()
             work = operation(_compile(flows[who], name, who == OURS), name, case, device, fused=True)
-            begun = time.process_time()
+            begun = _all_seconds()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 if not _runs(f"{who}, compiled", case, name, work):
                     continue
                 work()
-            cold[f"{who}, compiled"] = time.process_time() - begun
+            cold[f"{who}, compiled"] = _all_seconds() - begun
             works[f"{who}, compiled"] = work
         record = _record(case, name, "compiled", side_by_side(works, device, **timing), counts, COMPILED)
         yield record | {"cold_cpu_seconds": cold}
     torch._dynamo.reset()
+
+
+def _all_seconds() -> float:
+    """CPU time of this process and of the compilers it called."""
+    return sum(os.times()[:4])
 
 
 def _compile(rival: Rival, name: str, ours: bool) -> Rival:

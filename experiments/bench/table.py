@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.targets import COLUMNS, LEAST, TARGETS, reached, slower
+from experiments.bench.targets import COLUMNS, LEAST, TARGETS, fused, reached, slower
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -36,18 +36,18 @@ def targets() -> Iterator[str]:
     yield "| case | beside | eager, AVX-512 | eager, AVX2 | compiled, fused Adam |"
     yield "|---|---|---|---|---|"
     for target in TARGETS:
-        cells = [_cell(getattr(target, c), reached(target, c, found)) for c in COLUMNS]
+        cells = [_cell(getattr(target, c), reached(target, c, found), fused(target, c, found)) for c in COLUMNS]
         yield f"| {target.claim} | {target.peer} | {' | '.join(cells)} |"
 
 
-def _cell(wanted: float | None, measured: tuple[float, float, float] | None) -> str:
+def _cell(wanted: float | None, measured: tuple[float, float, float] | None, beside: float | None) -> str:
     if measured is None:
         return "" if wanted is None else f"open (target {wanted:g})"
     middle, low, high = measured
     text = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
-    if wanted is None:
-        return text
-    return f"**{text}** of {wanted:g}" if middle >= wanted else f"{text}, short of {wanted:g}"
+    if wanted is not None:
+        text = f"**{text}** of {wanted:g}" if middle >= wanted else f"{text}, short of {wanted:g}"
+    return text if beside is None else f"{text}; fused Adam {beside:.2f}"
 
 
 def cells() -> Iterator[str]:

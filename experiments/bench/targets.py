@@ -91,23 +91,33 @@ COLUMNS = ("avx512", "avx2", "compiled")
 LEAST = 0.95  # of every peer, in every eager cell
 
 
-def reached(target: Target, column: str, runs: dict[str, dict[str, Any]]) -> tuple[float, float, float] | None:
-    """Median ratio and its quartiles in a column; None where it was not measured."""
+def _record(target: Target, column: str, runs: dict[str, dict[str, Any]]) -> Record | None:
     mode, capability = ("compiled", "avx512") if column == "compiled" else ("eager", column)
+    wanted = (target.case, target.operation, mode)
     records = runs.get(capability, {}).get("records", [])
-    found = next((r for r in records if _key(r) == (target.case, target.operation, mode)), None)
-    if found is None:
-        return None
-    ratios = found["ratios"]
+    return next((r for r in records if (r["case"], r["operation"], r["mode"]) == wanted), None)
+
+
+def _beside(target: Target, column: str, ratios: dict[str, dict[str, float]]) -> dict[str, float] | None:
+    """The ratio of the target's peer; of zuko compiled in the compiled column."""
     if target.peer == BEST:
         others = [v for k, v in ratios.items() if not k.startswith("flowpath")]
-        best = min(others, key=lambda v: v["median"])
-    else:
-        name = f"{target.peer}, compiled" if mode == "compiled" and target.peer == "zuko" else target.peer
-        if name not in ratios:
-            return None
-        best = ratios[name]
-    return best["median"], best["low"], best["high"]
+        return min(others, key=lambda v: v["median"])
+    return ratios.get("zuko, compiled" if (column, target.peer) == ("compiled", "zuko") else target.peer)
+
+
+def reached(target: Target, column: str, runs: dict[str, dict[str, Any]]) -> tuple[float, float, float] | None:
+    """Median ratio and its quartiles in a column; None where it was not measured."""
+    record = _record(target, column, runs)
+    best = None if record is None else _beside(target, column, record["ratios"])
+    return None if best is None else (best["median"], best["low"], best["high"])
+
+
+def fused(target: Target, column: str, runs: dict[str, dict[str, Any]]) -> float | None:
+    """The same with fused Adam, which `fp.fit` uses, in flowpath alone; None where nothing is trained."""
+    record = _record(target, column, runs)
+    best = _beside(target, column, record["ratios_fused"]) if record and "ratios_fused" in record else None
+    return None if best is None else best["median"]
 
 
 def slower(runs: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, str, float]]:
@@ -120,7 +130,3 @@ def slower(runs: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, str, fl
         for peer, ratio in r["ratios"].items()
         if not peer.startswith("flowpath") and ratio["median"] < LEAST
     ]
-
-
-def _key(record: Record) -> tuple[str, str, str]:
-    return record["case"], record["operation"], record["mode"]

@@ -97,13 +97,16 @@ class MaskedAutoregressive(Transform):
 
     def _apply_element(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Forward in sorted features, with the ladj per feature."""
-        first = features_first(x)
-        z, ladj = drive(self.element, self.conditioner, first, first, context, inverse=False)
+        z, ladj = self._drive(features_first(x), context)
         return features_last(z), features_last(ladj)
 
+    def _drive(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same with features first."""
+        return drive(self.element, self.conditioner, x, x, context, inverse=False)
+
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        z, ladj = self._apply_element(self._sorted(x), context)
-        return self._unsorted(z), ladj.sum(-1)
+        z, ladj = self._drive(features_first(self._sorted(x)), context)
+        return self._unsorted(features_last(z)), ladj.sum(0)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         with full_precision(z):  # many small products: low precision would buy nothing

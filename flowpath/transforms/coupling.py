@@ -81,9 +81,7 @@ class Coupling(Transform):
         order = torch.cat([kept, moved] if kept[0] < moved[0] else [moved, kept])
         self._moved_first = bool(moved[0] < kept[0])
         self._blocks = torch.equal(order, torch.arange(len(bits)))
-        self._alternate = (
-            torch.equal(bits.view(-1, 2), bits[:2].expand(len(bits) // 2, 2)) if len(bits) % 2 == 0 else False
-        )
+        self._alternate = len(bits) % 2 == 0 and bool((bits.view(-1, 2) == bits[:2]).all())
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The kept and the moved of x `(d, *batch)`; views where the mask is two blocks or alternates."""

@@ -53,7 +53,7 @@ class ScaleAndShift(nn.Module, ABC):
         """x `(*batch, d)`, params (a, t) `(2, *batch, d)` -> (y, ladj), each `(*batch, d)`."""
         s, log_s = self._scale(params[0])
         y = torch.addcmul(params[1], s, x)
-        return y, log_s.expand_as(y)
+        return y, log_s if log_s.shape == y.shape else log_s.expand_as(y)
 
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """The way back: x = (y - t) / s, ladj -log s."""

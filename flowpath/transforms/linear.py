@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from flowpath.checks import check_count
 from flowpath.eager import full_precision
+from flowpath.layout import features_first, features_last
 from flowpath.nets import MLP
 from flowpath.registry import register
 from flowpath.transform import Record, Transform
@@ -70,7 +71,7 @@ class Permutation(Transform):
         return cls(torch.randperm(features, generator=torch.Generator().manual_seed(seed)).tolist())
 
     def _take(self, x: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        moved = x.movedim(-1, 0).index_select(0, order).movedim(0, -1)
+        moved = features_last(features_first(x).index_select(0, order))
         return moved, x.new_zeros(x.shape[:-1])
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
