@@ -122,7 +122,7 @@ class Climb:
         log_density: log p at u `(P, D)`.
         tolerance: gap log Z - ELBO, in nats, at which the climb ends.
         learning_rate: peak step size of the first round.
-        particles: draws a step in the first round; later rounds double them.
+        particles: draws a step in the first two rounds; later ones take twice as many.
         max_steps, deadline: gradient steps and time (of `time.monotonic`) at which it ends, or None.
         whole: the log density of all the data, by which rounds are judged, where `log_density` takes minibatches. None
             where it cannot be had: then rounds have an ELBO and no more, and the last weights are kept.
@@ -172,7 +172,7 @@ class Climb:
             number += 1
 
     def _round(self, number: int, steps: int) -> None:
-        particles = self.particles * 2 ** min(number, 2)
+        particles = self.particles * (2 if number > 1 else 1)
         step = self._step(particles)
         peak = self.learning_rate * 0.7**number
         optimizer = torch.optim.Adam(self.parameters, lr=peak, fused=True)

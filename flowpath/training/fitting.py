@@ -140,7 +140,11 @@ def fit(
             limits = _limits(data, epochs, steps, patience, clip, time_limit)
             _warn_if_slow(flow)
             loop = Loop(
-                Runner(team.share_out(objective, data.batches), team.compiles(compile and not checkpoint_layers), away),
+                Runner(
+                    team.share_out(objective, data.batches),
+                    team.compiles(False if checkpoint_layers else compile),
+                    away,
+                ),
                 data.batches,
                 None if data.validation is None else partial(held_out, front, data.validation, team),
                 kept,
