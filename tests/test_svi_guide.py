@@ -563,3 +563,20 @@ def test_make_fx_traces_a_step() -> None:
                 found.append(run(Y + 1.0))
     for a, b in zip(*found, strict=True):
         assert torch.allclose(a, b, atol=1e-8)
+
+
+@pytest.mark.parametrize("rank", [None, 1], ids=["full rank", "low rank"])
+def test_locate_finds_scales_that_svi_cannot_walk_to(rank: int | None, pyro_store: None) -> None:
+    """A Gaussian at -60,000 with sds of 10,000 and 0.02: located, the untrained guide is the posterior."""
+    loc = torch.tensor([-6e4, 3.0], dtype=torch.float64)
+    sd = torch.tensor([1e4, 0.02], dtype=torch.float64)
+
+    def wide() -> None:
+        x = pyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), (2,)))
+        pyro.factor("at", dist.Normal(loc, sd).log_prob(x).sum(-1))
+
+    guide = fp.svi.AutoFlow(wide, rank=rank, transforms=1, hidden_features=(4,)).double().locate()
+    draws = guide.sample(4000)["x"]
+    assert ((draws.mean(0) - loc).abs() < 0.1 * sd).all() and ((draws.std(0) / sd - 1.0).abs() < 0.1).all()
+    loss = fp.svi.PathELBO(num_particles=64, vectorize_particles=True).loss(wide, guide)
+    assert abs(loss) < 0.05  # log Z is 0

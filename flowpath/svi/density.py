@@ -182,6 +182,14 @@ class ModelDensity:
 
     # -- values and points
 
+    def starts(self, init: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Points to look for the posterior from, `(6, D)`: the middle of every support, points around it, a draw of the
+        prior; and, first, the values of all latents in `init`."""
+        like = self.start
+        around = torch.rand(4, self.dim, dtype=like.dtype, device=like.device) * 4.0 - 2.0
+        rows = [torch.zeros_like(like), *around, like]
+        return torch.stack(rows if init is None else [self.pack(init), *rows])
+
     def values(self, u: Tensor) -> dict[str, Tensor]:
         """The latents at u `(P, D)`: name -> `(P, *shape)`."""
         if self.mode != "plate":

@@ -23,8 +23,6 @@ from flowpath.svi.posterior import Held, Posterior
 from flowpath.svi.promotion import promoted
 from flowpath.svi.summaries import apart
 
-_STARTS = 6
-
 
 def fit_posterior(
     model: Callable[..., Any],
@@ -114,7 +112,7 @@ def fit_posterior(
         }
         found: list[Posterior] = []
         for _ in range(seeds):
-            found.append(task.run(_starts(density, init), settings, progress))
+            found.append(task.run(density.starts(init), settings, progress))
             if found[-1].reason == "interrupted":
                 break
     best = max(found, key=lambda p: -math.inf if p.elbo is None else p.elbo)
@@ -143,14 +141,6 @@ def _whole(density: ModelDensity) -> tuple[LogDensity | None, str]:
         return density.of_all_data(), ""
     except ModelError as error:
         return None, str(error)
-
-
-def _starts(density: ModelDensity, init: Mapping[str, Tensor] | None) -> Tensor:
-    """The middle of every support, points around it, a draw of the prior; the user's own first."""
-    like = density.start
-    around = torch.rand(_STARTS - 2, density.dim, dtype=like.dtype, device=like.device) * 4.0 - 2.0
-    rows = [torch.zeros_like(like), *around, like]
-    return torch.stack(rows if init is None else [density.pack(init), *rows])
 
 
 def _compared(posterior: Posterior, best: Posterior) -> dict[str, float]:

@@ -20,10 +20,13 @@ from flowpath.checks import check_count
 from flowpath.distribution import FlowDistribution
 from flowpath.flow import Flow
 from flowpath.interop import to_torch
+from flowpath.svi.density import ModelDensity
 from flowpath.svi.late import BuiltLate, affine_layer, check_recipe, make_flow
+from flowpath.svi.locating import locate
 from flowpath.svi.prototype import FlatStart, check_prototype, kind_of
 from flowpath.transform import Chain
 from flowpath.transforms.linear import Permutation
+from flowpath.transforms.low_rank import LowRankAffine
 
 
 class AutoFlow(BuiltLate, AutoContinuous):
@@ -91,6 +94,25 @@ class AutoFlow(BuiltLate, AutoContinuous):
         """Look at the model once, given its arguments, and make the parameters; returns itself."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
+        return self
+
+    def locate(self, *args: Any, **kwargs: Any) -> AutoFlow:
+        """Set the affine layer to where the posterior is and how wide, with the model's arguments; returns itself.
+
+        Newton's method from several starts finds the Gaussian of best ELBO, as in `fit_posterior`, so that SVI has the
+        shape left to learn. Couplings that were trained before keep what they learnt.
+
+        Raises:
+            ModelError: the model has no density that can be climbed; ValueError: log p is finite at no start.
+        """
+        self.setup(*args, **kwargs)
+        density = ModelDensity(self.model, args, kwargs)
+        gaussian, *_ = locate(density.of_all_data(), density.starts())
+        layer: Any = self._ready().transform.transforms[0]  # type: ignore[index]
+        scale = gaussian.scale
+        if isinstance(layer, LowRankAffine) and scale.dim() == 2:
+            scale = scale.square().sum(-1).sqrt()
+        layer.set_to(gaussian.loc.to(layer.shift if isinstance(layer, LowRankAffine) else layer.numbers), scale)
         return self
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
