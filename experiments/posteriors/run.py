@@ -9,7 +9,7 @@ Eleven posteriors of posteriordb (see posteriordb.py) and eight ways to fit them
 - `spline`, `affine_ar`: Pyro's AutoNormalizingFlow of four spline couplings, of four affine autoregressive layers.
 
 Guides train by Adam, 16 vectorised particles, gradients clipped at norm 10, a step size that falls from .01 (ours:
-.001) to a twentieth, for the CPU time that fit_posterior took on the same posterior, at least 15 seconds (`budget=`
+.002) to a twentieth, for the CPU time that fit_posterior took on the same posterior, at least 15 seconds (`budget=`
 overrides). Then all are judged by 10,000 fresh draws: KL = log Z - ELBO in nats, k-hat, ESS, the largest and mean
 |error of a mean| in reference standard deviations and the least and largest ratio of a standard deviation to the
 reference's, of raw draws (`mean_error_max`, ...) and of importance-weighted ones (`corrected_...`; fit_posterior's own
