@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,14 +46,6 @@ class Box:
         """How many numbers an element has: K widths, K heights, and K - 1 or K slopes."""
         return 3 * self.bins - int(self.unit_ends)
 
-    @cached_property
-    def sums(self) -> tuple[np.ndarray, np.ndarray]:
-        """b `(2, K + 1, 1)` and A `(2, K + 1, K)`: b + A p are the knots of fractions p, end ones pinned."""
-        j = np.arange(self.bins + 1.0)[:, None]
-        floors, free = np.reshape(self.floors, (2, 1, 1)), np.reshape(self.free, (2, 1, 1))
-        base = np.where(j < self.bins, self.low + j * floors, self.high)
-        return base, ((j > j[:-1].T) & (j < self.bins)) * free
-
 
 class Constants(NamedTuple):
     """Numbers as tensors of one dtype: on a CPU a Python number in a formula costs an operation each time."""
@@ -68,7 +59,7 @@ class Constants(NamedTuple):
     ends: Tensor  # (0, 1) `(2, 1)`
     places: Tensor  # 0 to K - 1 `(K, 1)`
     free: Tensor  # `box.free` twice `(4, 1)`
-    sums: tuple[Tensor, Tensor] | None = None  # `box.sums`
+    sums: tuple[Tensor, Tensor] | None = None  # see `sums`
 
 
 def constants(box: Box, like: Tensor) -> Constants:
@@ -77,14 +68,19 @@ def constants(box: Box, like: Tensor) -> Constants:
 
 
 def sums(box: Box, like: Tensor) -> tuple[Tensor, Tensor]:
-    """`box.sums` as tensors."""
-    base, matrix = (torch.from_numpy(v).to(like) for v in box.sums)
-    return base, matrix
+    """b `(2, K + 1, 1)` and A `(2, K + 1, K)`: b + A p are the knots of fractions p, end ones pinned.
+
+    Made by operations, since a tracer takes a list of numbers for somebody's data.
+    """
+    j = torch.arange(box.bins + 1, dtype=torch.float64, device=like.device).unsqueeze(1)
+    base = torch.stack([torch.where(j < box.bins, box.low + j * floor, box.high) for floor in box.floors])
+    below = ((j > j[:-1].T) & (j < box.bins)).double()
+    return base.to(like), torch.stack([below * free for free in box.free]).to(like)
 
 
 def _made(box: Box, like: Tensor) -> Constants:
     ends, places = (torch.arange(n, dtype=like.dtype, device=like.device).unsqueeze(1) for n in (2, box.bins))
-    free = like.new_tensor(box.free * 2).unsqueeze(1)
+    free = torch.cat([like.new_full((1, 1), v) for v in box.free * 2])
     shift = math.log(math.expm1(1.0 - box.min_slope))
     return Constants(shift, box.min_slope, 0.0, 0.5, 1.0, 2.0, ends, places, free)
 
