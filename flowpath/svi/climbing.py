@@ -291,7 +291,7 @@ class Climb:
     def _ended(self) -> bool:
         p = self.progress
         last = p.history[-1]
-        if last["gap"] <= self.tolerance and last["khat"] < (0.25 if len(p.history) == 1 else 0.4):
+        if last["gap"] <= self.tolerance and last["khat"] < (0.25 if len(p.history) == 1 else 0.55):
             p.reason = "converged"
         elif len(p.history) > 3 and p.history[-2]["gap"] - last["gap"] < max(0.15 * last["gap"], 0.2 * self.tolerance):
             p.reason = "no further gain"
