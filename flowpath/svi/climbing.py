@@ -17,7 +17,7 @@ from flowpath.svi.tracing import TracingError, trace
 
 LogDensity = Callable[[Tensor], Tensor]
 
-_ROUNDS = (400, 800, 1600)  # steps of the first rounds; later ones repeat the last
+_ROUNDS = (400, 800, 800, 1600)  # steps of the first rounds; later ones repeat the last
 # Up to ten latents; above, both shrink as the root of their number, since what they cost grows with it.
 _WIDE = 0.3  # how much wider the noise of half the particles is, once the path gradient is on: what trains the tails
 _WIDTHS = (0.01, 0.02, 0.03)  # likewise of the final noise: 1 % costs a thousandth of a nat and guards the tails
@@ -122,7 +122,7 @@ class Climb:
         log_density: log p at u `(P, D)`.
         tolerance: gap log Z - ELBO, in nats, at which the climb ends.
         learning_rate: peak step size of the first round.
-        particles: draws a step in the first two rounds; later ones take twice as many.
+        particles: draws a step in the first three rounds; later ones take twice as many.
         max_steps, deadline: gradient steps and time (of `time.monotonic`) at which it ends, or None.
         whole: the log density of all the data, by which rounds are judged, where `log_density` takes minibatches. None
             where it cannot be had: then rounds have an ELBO and no more, and the last weights are kept.
@@ -172,7 +172,7 @@ class Climb:
             number += 1
 
     def _round(self, number: int, steps: int) -> None:
-        particles = self.particles * (2 if number > 1 else 1)
+        particles = self.particles * (2 if number > 2 else 1)
         step = self._step(particles)
         peak = self.learning_rate * 0.7**number
         optimizer = torch.optim.Adam(self.parameters, lr=peak, fused=True)
@@ -291,7 +291,7 @@ class Climb:
     def _ended(self) -> bool:
         p = self.progress
         last = p.history[-1]
-        if last["gap"] <= self.tolerance and last["khat"] < (0.25 if len(p.history) == 1 else 0.55):
+        if last["gap"] <= self.tolerance and last["khat"] < (0.25 if len(p.history) == 1 else 0.4):
             p.reason = "converged"
         elif len(p.history) > 3 and p.history[-2]["gap"] - last["gap"] < max(0.15 * last["gap"], 0.2 * self.tolerance):
             p.reason = "no further gain"

@@ -66,7 +66,7 @@ def fit_posterior(
         max_steps: gradient steps at most.
         time_limit: seconds at most, of training; what there is then is returned. Ctrl-C does the same.
         learning_rate: Adam's peak step size, of the first round; for more than 50 latents it is lowered.
-        particles: draws a step in the first round; they double from the third on. By default 128, fewer for more
+        particles: draws a step in the first round; they double from the fourth on. By default 128, fewer for more
             than 50 latents.
         transforms, hidden_features: couplings of the flow and width of their conditioners.
         draws: fresh draws that it is judged on, at least 1,000.
