@@ -28,7 +28,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,6 +49,7 @@ from experiments.runner import run_all
 from flowpath.diagnostics import psis
 from flowpath.svi.climbing import judge
 from flowpath.svi.density import ModelDensity
+from flowpath.svi.handlers import default_dtype
 from flowpath.svi.summaries import Summary, summarise
 
 HERE = Path(__file__).parent
@@ -121,17 +121,6 @@ def train(method: str, problem: Problem, c: Config, budget: float) -> tuple[Draw
     return partial(_drawn, guide, problem), {"steps": steps, "infinite_losses": bad}
 
 
-@contextmanager
-def default(dtype: torch.dtype) -> Iterator[None]:
-    """A default dtype, in which Pyro's flow guides make their parameters."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def _of_flow(flow: fp.Flow, count: int) -> tuple[Tensor, Tensor]:
     return flow.rsample_and_log_prob((count,))
 
@@ -196,7 +185,7 @@ def one(method: str, problem: Problem, c: Config, seed: int, budget: float) -> d
         if method == "fit_posterior":
             draw, took, summary = fit(problem, c, seed)
         else:
-            with default(problem.args[0].dtype):
+            with default_dtype(problem.args[0].dtype):
                 draw, took = train(method, problem, c, budget)
         line |= {"fit_cpu": round(time.process_time() - began, 1), **took}
         return line | {k: float(f"{v:.10g}") for k, v in judged(problem, draw, c.draws, summary).items()}

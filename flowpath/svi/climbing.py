@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from flowpath.diagnostics import ess, log_evidence, psis
 from flowpath.flow import Flow
-from flowpath.svi.flows import trainable, widen
+from flowpath.objectives import LogDensity
+from flowpath.svi.flows import widen
 from flowpath.svi.tracing import TracingError, trace
-
-LogDensity = Callable[[Tensor], Tensor]
+from flowpath.training.fitting import trainable
 
 _ROUNDS = (400, 800, 800, 1600)  # steps of the first rounds; later ones repeat the last
 # Up to ten latents; above, both shrink as the root of their number, since what they cost grows with it.
@@ -69,11 +69,6 @@ class Progress:
     step: int = 0
     skipped: int = 0
     reason: str = ""
-
-
-def log_weights(flow: Flow, log_density: LogDensity, draws: int, generator: torch.Generator | None = None) -> Tensor:
-    """log p - log q at fresh draws of the flow, `(draws,)` in float64."""
-    return weighted_draws(flow, log_density, draws, generator)[1]
 
 
 @torch.no_grad()
@@ -279,7 +274,7 @@ class Climb:
 
     def _judged(self) -> Judgement:
         generator = torch.Generator(self.flow.base.like.device).manual_seed(0x5EED)
-        judged = judge(log_weights(self.flow, self.whole or self.log_density, 4 * _CHUNK, generator))
+        judged = judge(weighted_draws(self.flow, self.whole or self.log_density, 4 * _CHUNK, generator)[1])
         if self.whole is not None:
             return judged
         return replace(judged, ess=math.nan, khat=math.nan, log_evidence=math.nan, log_evidence_se=math.nan)

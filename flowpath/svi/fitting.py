@@ -13,11 +13,12 @@ from torch import Tensor
 
 from flowpath.checks import check_count
 from flowpath.flow import Flow
+from flowpath.objectives import LogDensity
 from flowpath.scope import random
 from flowpath.svi.climbing import Climb, Progress, judge, weighted_draws
 from flowpath.svi.density import ModelDensity
 from flowpath.svi.flows import posterior_flow
-from flowpath.svi.locating import Gaussian, LogDensity, locate, missed
+from flowpath.svi.locating import Gaussian, locate, missed
 from flowpath.svi.looking import ModelError
 from flowpath.svi.posterior import Held, Posterior
 from flowpath.svi.promotion import promoted

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from flowpath.bases import StandardNormal
 from flowpath.flow import Flow
@@ -66,11 +65,6 @@ def widen(flow: Flow, scale: float) -> None:
     width: Elementwise = flow.transform.transforms[-1]  # type: ignore[index,assignment]
     with torch.no_grad():
         width.params[0].fill_(math.atanh(-math.log(scale)))
-
-
-def trainable(flow: Flow) -> list[nn.Parameter]:
-    """The parameters that training moves."""
-    return [p for p in flow.parameters() if p.requires_grad]
 
 
 def _coupling(mask: Sequence[bool], hidden: int) -> Transform:

@@ -72,11 +72,11 @@ class First(Messenger):
         return middle(fn)
 
 
-def middle(fn: Distribution) -> Tensor:
-    """A point in the middle of the support of a distribution."""
+def middle(fn: Distribution, like: Tensor | None = None) -> Tensor:
+    """A point in the middle of the support of a distribution, of the dtype and device of `like`."""
     transform = biject_to(fn.support)
     shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
-    return transform(torch.zeros(shape))
+    return transform(torch.zeros(shape) if like is None else like.new_zeros(shape))
 
 
 class Place(Messenger):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flowpath.flow import Flow
-
-LogDensity = Callable[[Tensor], Tensor]
+from flowpath.objectives import LogDensity
 
 DENSE = 300
 """Latents up to which a Hessian is formed."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.utils._pytree import tree_leaves
 
+from flowpath.svi.handlers import middle
 from flowpath.svi.replay import Hold, Site, is_subsample, latents, sites_of, subsampled
 
 
@@ -31,8 +32,7 @@ class FlatStart:
         try:
             return self.init(site)
         except NotImplementedError:
-            to = biject_to(site["fn"].support)
-            return to(self._like.new_zeros(to.inverse_shape(site["fn"].shape())))
+            return middle(site["fn"], self._like)
 
     @contextmanager
     def like(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
