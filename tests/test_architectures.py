@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import flowpath as fp
 from flowpath.architectures import architectures
-from flowpath.training.compiling import has_compiler
+from flowpath.tracing.compiler import has_compiler
 
 each_size = pytest.mark.parametrize("features", [1, 2, 5])
 each_context = pytest.mark.parametrize("context", [0, 2], ids=["free", "context"])

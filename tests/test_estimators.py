@@ -336,6 +336,18 @@ def test_khat_tells_light_from_heavy_tails() -> None:
     assert fp.psis(narrow)[1] > 0.6
 
 
+def test_khat_of_equal_weights_and_of_ties() -> None:
+    """Rounding is no tail, and ties with the cutoff are no part of it."""
+    rounding = 3e-7 * torch.randint(-2, 2, (1000,), generator=torch.Generator().manual_seed(0)).double()
+    assert fp.psis(rounding)[1] == -math.inf
+    ties = torch.zeros(1000, dtype=torch.float64)
+    smoothed, khat = fp.psis(torch.cat([ties, torch.tensor([1.0, 2.0])]))
+    assert khat == math.inf and float(torch.logsumexp(smoothed, 0)) == pytest.approx(0.0)
+    tail = torch.distributions.Exponential(3.0).icdf(torch.linspace(0.0, 0.999, 60, dtype=torch.float64))
+    smoothed, khat = fp.psis(torch.cat([ties, tail]))
+    assert 0.0 < khat < 0.7 and bool(smoothed.isfinite().all())
+
+
 class Shrunk:
     """Pathwise, but of four fifths of the gradient: biased."""
 

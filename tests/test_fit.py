@@ -21,8 +21,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import flowpath as fp
 from flowpath.io import storage
-from flowpath.training import compiling
-from flowpath.training.compiling import Runner
 from flowpath.training.loop import State
 from flowpath.training.schedules import Schedule
 
@@ -489,49 +487,6 @@ def test_a_gradient_that_is_not_finite_names_its_parameters() -> None:
     result = quick(flow, epochs=1, validation=None)
     assert result.skipped == 6
     assert "the gradient of parameter" in result.notes[0]
-
-
-# --- compile ---
-
-
-def test_without_a_compiler_it_warns_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "has_compiler", lambda device: False)
-    with pytest.warns(UserWarning, match="without torch.compile: there is no compiler"):
-        assert not quick(compile=True).compiled
-
-
-@pytest.mark.parametrize("late", [True, False], ids=["at the first step", "at once"])
-def test_failed_compilation_falls_back_with_one_warning(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*batch: Any) -> Any:
-        raise RuntimeError("no such backend")
-
-    def broken(module: nn.Module) -> Callable[..., Any]:
-        return fail if late else fail()
-
-    monkeypatch.setattr(torch, "compile", broken)
-    monkeypatch.setattr(compiling, "has_compiler", lambda device: True)
-    with pytest.warns(UserWarning, match="compilation failed: RuntimeError: no such backend") as caught:
-        result = quick(compile=True)
-    assert len(caught) == 1 and not result.compiled and result.skipped == 0
-
-
-def test_compiled_fit_follows_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda module: real(module, backend="aot_eager", fullgraph=True))
-    monkeypatch.setattr(compiling, "has_compiler", lambda device: True)
-    compiled, plain = (quick("gaussian", compile=mode, epochs=None, steps=4) for mode in (True, False))
-    assert compiled.compiled
-    assert torch.allclose(weights_of(compiled.flow), weights_of(plain.flow), atol=1e-5)
-
-
-@pytest.mark.parametrize(("pace", "compiled"), [(1.0, True), (1e-3, False)], ids=["long", "short"])
-def test_auto_compiles_where_it_pays(pace: float, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda module: module)
-    monkeypatch.setattr(compiling, "has_compiler", lambda device: True)
-    runner = Runner(nn.Linear(1, 1), "auto", torch.device("cpu"))
-    for step in range(1, 100):
-        runner.observe(step, pace * step, step / 1000)
-    assert runner.compiled is compiled
 
 
 # --- streams ---

@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "flowpath"
 # Bottom first. A module may import, at the top of its file, from its own layer and from those before it.
 LAYERS = [
     {"registry", "_pyro"},
-    {"checks", "eager", "layout"},
+    {"checks", "eager", "layout", "tracing"},
     {"transform"},
     {"transforms", "nets", "gated", "row_nets", "standardize", "bases", "foreign_bases", "recompute"},
     {"distribution", "flow"},

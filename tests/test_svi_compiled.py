@@ -29,7 +29,7 @@ from torch.nn.functional import softplus
 
 import flowpath as fp
 from flowpath.svi import CompiledSVI, DRegELBO, PathELBO
-from flowpath.training.compiling import has_compiler
+from flowpath.tracing.compiler import has_compiler
 
 pytestmark = pytest.mark.usefixtures("pyro_store")
 needs_compiler = pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="needs a C++ compiler")
@@ -700,7 +700,8 @@ def test_auto_compiles_when_the_saving_pays(by: str, monkeypatch: pytest.MonkeyP
 
 
 def test_failed_compilation_is_told_and_leaves_it_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flowpath.svi import compiled, tracing
+    from flowpath import tracing
+    from flowpath.svi import compiled
 
     def fail(traced: Any, inputs: Any) -> None:
         raise RuntimeError("no such instruction\nmore")

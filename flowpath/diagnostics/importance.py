@@ -11,6 +11,9 @@ import torch
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
+_EQUAL = 1e-5  # weights whose shares of the largest differ by less are equal: rounding may do as much
+_FEWEST = 5  # draws to fit a tail to, as in the paper's software
+
 
 def ess(log_weights: Tensor) -> Tensor:
     r"""Effective sample size of n importance weights as a share of n: :math:`(\sum w)^2 / (n \sum w^2)`, in [1/n, 1].
@@ -58,7 +61,8 @@ def psis(log_weights: Tensor) -> tuple[Tensor, float]:
         log_weights: `(n,)`, n at least 25; -inf counts as weight 0.
 
     Returns:
-        Smoothed normalised log weights `(n,)` and k-hat.
+        Smoothed normalised log weights `(n,)` and k-hat: -inf where the largest weights are equal (to 1e-5), +inf where
+        fewer than 5 stand out, too few to judge a tail by.
 
     Raises:
         ValueError: another shape, too few weights, NaN or +inf.
@@ -80,8 +84,12 @@ def psis(log_weights: Tensor) -> tuple[Tensor, float]:
     order = lw.argsort()
     largest, cutoff = order[-tail:], lw[order[-tail - 1]]
     exceed = lw[largest].exp() - cutoff.exp()
-    if float(exceed[-1]) <= 0.0:  # all weights of the tail are equal: nothing to smooth
+    if float(exceed[-1]) <= _EQUAL:  # nothing to smooth
         return lw - torch.logsumexp(lw, 0), -math.inf
+    above = exceed > 0.0  # ties with the cutoff are no part of the tail
+    largest, exceed, tail = largest[above], exceed[above], int(above.sum())
+    if tail < _FEWEST:
+        return lw - torch.logsumexp(lw, 0), math.inf
     k, sigma = (float(v) for v in fit_generalized_pareto(exceed))
     k = k * tail / (tail + 10) + 0.5 * 10 / (tail + 10)  # a weak prior towards 0.5, as in the paper's software
     if math.isfinite(k):

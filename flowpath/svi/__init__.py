@@ -14,7 +14,7 @@ from flowpath.svi.looking import ModelError
 from flowpath.svi.modules import module
 from flowpath.svi.posterior import Posterior
 from flowpath.svi.refining import Refined
-from flowpath.svi.tracing import Traced, TracingError, trace
+from flowpath.tracing import Traced, TracingError, trace
 
 __all__ = [
     "AmortizedFlow",

@@ -14,7 +14,7 @@ from flowpath.diagnostics import ess, log_evidence, psis
 from flowpath.flow import Flow
 from flowpath.objectives import LogDensity
 from flowpath.svi.flows import widen
-from flowpath.svi.tracing import TracingError, trace
+from flowpath.tracing import TracingError, trace
 from flowpath.training.fitting import trainable
 
 _ROUNDS = (400, 800, 800, 1600)  # steps of the first rounds; later ones repeat the last

@@ -20,10 +20,11 @@ from torch.optim import Optimizer
 from flowpath.svi.arguments import Seen, kind_of, unhashable
 from flowpath.svi.elbo import PathMixin
 from flowpath.svi.steps import Plan, Problem
-from flowpath.svi.tracing import TracingError
 from flowpath.svi.updates import Factory, Updates
 from flowpath.svi.weights import ScoreWeight
-from flowpath.training.compiling import CompileMode, has_compiler
+from flowpath.tracing import TracingError
+from flowpath.tracing.compiler import has_compiler, name_of_compiler
+from flowpath.training.compiling import CompileMode
 
 _PLANS = 8  # kinds of arguments whose traces are kept
 _KINDS = 64  # kinds after which arguments that change from step to step are taken for the cause
@@ -312,8 +313,8 @@ class CompiledSVI:
         device = plan.params[0].device
         if not has_compiler(device):
             if asked:
-                what = "Triton" if device.type == "cuda" else "g++ or clang++"
-                warnings.warn(f"CompiledSVI runs traced, not compiled: there is no compiler ({what})", stacklevel=7)
+                why = f"there is no compiler ({name_of_compiler(device)})"
+                warnings.warn(f"CompiledSVI runs traced, not compiled: {why}", stacklevel=7)
             return
         try:
             plan.compile(tensors)

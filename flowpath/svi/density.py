@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 from flowpath.svi.handlers import Place, default_dtype, quiet
 from flowpath.svi.looking import ModelError, Trace, depth, first_trace, latents, scores, showing_part
 from flowpath.svi.rows import all_rows
-from flowpath.svi.tracing import Traced, trace
+from flowpath.tracing import Traced, trace
 
 PARTICLES = "_flowpath_particles"
 

@@ -18,7 +18,7 @@ from torch.autograd import Function
 from flowpath.checks import check_count
 from flowpath.scope import random
 from flowpath.svi.summaries import Summary, summarise
-from flowpath.svi.tracing import TracingError, trace
+from flowpath.tracing import TracingError, trace
 
 if TYPE_CHECKING:
     from flowpath.svi.posterior import Posterior

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,8 +16,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from flowpath.svi.elbo import PathMixin
-from flowpath.svi.plain import kept
-from flowpath.svi.tracing import Traced, trace
+from flowpath.tracing import Traced, trace
+from flowpath.tracing.comparing import difference, is_quicker
+from flowpath.tracing.plain import cuda_indices, kept, laid_out
 
 Result = tuple[Any, list[Tensor | None]]  # the loss, and a gradient for each parameter that it reaches
 
@@ -55,7 +55,7 @@ class Problem:
                 surrogate.backward()
             else:
                 loss = self.elbo.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        return loss, [None if g is None else _laid_out(g, p) for p, g in zip(self.params, found.grads, strict=True)]
+        return loss, [None if g is None else laid_out(g, p) for p, g in zip(self.params, found.grads, strict=True)]
 
     def buffers(self) -> list[Tensor]:
         """Tensors that modules hold beside their parameters."""
@@ -105,11 +105,6 @@ class Gradients(TorchFunctionMode):
         )
         self.grads = [b if a is None else a if b is None else a + b for a, b in zip(self.grads, new, strict=True)]
         return None
-
-
-def _laid_out(grad: Tensor, p: Tensor) -> Tensor:
-    """A gradient with the strides of its parameter, as backward() leaves it."""
-    return grad if grad.stride() == p.stride() else grad.new_empty_strided(p.shape, p.stride()).copy_(grad)
 
 
 def _reachable(fn: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -179,7 +174,7 @@ class Plan:
         def check(tensors: list[Tensor]) -> bool:
             if not traced.is_random:
                 return bool(traced.run(tensors)[0])
-            with torch.random.fork_rng(_cuda(tensors, self.problem.params)):
+            with torch.random.fork_rng(cuda_indices(tensors, self.problem.params)):
                 return bool(traced.run(tensors)[0])
 
         return check
@@ -206,25 +201,25 @@ class Plan:
 
     def difference(self, args: Sequence[Any], kwargs: dict[str, Any], tensors: list[Tensor], seed: int) -> str | None:
         """How the traced step differs from Pyro's on the same noise, in words; None where it does not."""
-        with kept(self.live), torch.random.fork_rng(_cuda(tensors, self.problem.params)):
+        with kept(self.live), torch.random.fork_rng(cuda_indices(tensors, self.problem.params)):
             torch.manual_seed(seed)
             loss, grads = self.problem.differentiate(args, kwargs)
             torch.manual_seed(seed)
             ours, our_grads = self.result(tensors)
-            return _differ(loss, grads, ours, our_grads)
+            return difference(loss, grads, ours, our_grads, "Pyro's")
 
     def compile(self, tensors: list[Tensor]) -> None:
         """Go through inductor from now on, where that is right and faster. Raises what a compiler raises."""
         run = self.traced.compiled(tensors)
-        with kept(self.live), torch.random.fork_rng(_cuda(tensors, self.problem.params)):
+        with kept(self.live), torch.random.fork_rng(cuda_indices(tensors, self.problem.params)):
             torch.manual_seed(0)
             loss, *grads = [r.clone() for r in self.run(tensors)]
             torch.manual_seed(0)
             ours, *our_grads = run(tensors)
-            if (difference := _differ(loss, grads, ours, our_grads)) is not None:
-                raise ArithmeticError(f"the compiled step is not the traced one: {difference}")
-            times = [(_seconds(self.run, tensors), _seconds(run, tensors)) for _ in range(5)]
-        if min(c for _, c in times) < min(t for t, _ in times):
+            if (wrong := difference(loss, grads, ours, our_grads, "the traced one's")) is not None:
+                raise ArithmeticError(f"the compiled step is not the traced one: {wrong}")
+            quicker = is_quicker(lambda: run(tensors)[0], lambda: self.run(tensors)[0])
+        if quicker:
             self.run, self.compiled, self._half = run, True, None
 
 
@@ -235,29 +230,3 @@ def _inside(model: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, An
     observed: list[Any] = [s for s in sites if s["type"] == "sample" and s["is_observed"]]
     found = [s["fn"].support.check(s["value"]).all() for s in observed if s["value"] is not None]
     return torch.stack(found).all() if found else torch.tensor(True)
-
-
-def _seconds(run: Callable[[list[Tensor]], list[Any]], tensors: list[Tensor]) -> float:
-    start = time.perf_counter()
-    for _ in range(3):
-        float(run(tensors)[0])
-    return time.perf_counter() - start
-
-
-def _cuda(*tensors: Sequence[Tensor]) -> list[int]:
-    return sorted({x.device.index for group in tensors for x in group if x.is_cuda and x.device.index is not None})
-
-
-def _differ(loss: Any, grads: Sequence[Tensor | None], ours: Any, our_grads: Sequence[Tensor | None]) -> str | None:
-    floats = [g for g in grads if g is not None] or [torch.as_tensor(loss)]
-    tolerance = 1e-6 if all(g.dtype == torch.float64 for g in floats) else 1e-3
-    a, b = float(loss), float(ours)
-    if not (a == b or abs(a - b) <= tolerance * max(1.0, abs(a)) or (a != a and b != b)):
-        return f"its loss is {b:.7g} where Pyro's is {a:.7g}"
-    largest = max([float(g.detach().abs().max()) for g in grads if g is not None and g.numel()], default=0.0)
-    largest = max(largest, 1e-4 * max(1.0, abs(a)))  # a gradient that vanishes is rounding, in either
-    for i, (g, h) in enumerate(zip(grads, our_grads, strict=True)):
-        x, y = (torch.zeros(()) if t is None else t.detach() for t in (g, h))
-        if not torch.allclose(x, y, rtol=tolerance, atol=tolerance * largest, equal_nan=True):
-            return f"its gradient of parameter {i} is not Pyro's (by {float((x - y).abs().max()):.2g})"
-    return None

@@ -175,7 +175,7 @@ class Loop:
         state.learning_rate = self.schedule.apply(self.progress())
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.runner(*batch)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.limits.clip or math.inf)
+        norm = self._clip()
         clock = time.perf_counter() - self._started
         value, state.grad_norm, state.seconds, self.heard = self.team.measure(loss, norm, clock, self.signals.received)
         state.step, state.batch = state.step + 1, state.batch + 1
@@ -188,6 +188,12 @@ class Loop:
         self.runner.observe(state.step, state.seconds, self.progress())
         for watcher in self.watchers:
             watcher.step(state)
+
+    def _clip(self) -> Tensor:
+        """The norm of all gradients together, which are scaled down to the limit where there is one."""
+        if self.limits.clip is not None:
+            return nn.utils.clip_grad_norm_(self.parameters, self.limits.clip)
+        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def _skip(self, batch: Batch, value: float, loss: Tensor) -> None:
         state = self.state

@@ -193,7 +193,7 @@ def fit_target(
             limits = Limits(steps=steps, patience=patience, clip=clip, time_limit=time_limit)
             identity = {"order_seed": 0, "objective": type(goal).__name__, "num_samples": num_samples}
             loop = Loop(
-                Runner(goal, compile, away),
+                Runner(goal, compile, away, joint=False),
                 _NoData(max(1, steps // 20)),
                 partial(_score, flow, log_density, context),
                 goal,

@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 from torch.fx.experimental import proxy_tensor
 from torch.overrides import TorchFunctionMode
 
-from flowpath.svi.graphs import Facts
+from flowpath.tracing.graphs import Facts
 
 
 @contextmanager
@@ -66,3 +66,14 @@ def kept(tensors: Sequence[Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for x, copy in before:
                 x.copy_(copy)
+
+
+def cuda_indices(*groups: Sequence[Any]) -> list[int]:
+    """The CUDA devices of tensors, as `torch.random.fork_rng` wants them."""
+    found = {x.device.index for group in groups for x in group if isinstance(x, Tensor) and x.is_cuda}
+    return sorted(i for i in found if i is not None)
+
+
+def laid_out(grad: Tensor, p: Tensor) -> Tensor:
+    """A gradient with the strides of its parameter, as backward() leaves it."""
+    return grad if grad.stride() == p.stride() else grad.new_empty_strided(p.shape, p.stride()).copy_(grad)

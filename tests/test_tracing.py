@@ -14,8 +14,8 @@ from torch.distributions import Distribution
 from torch.nn.functional import dropout, softplus
 
 import flowpath as fp
-from flowpath.svi.tracing import Traced, TracingError, trace
-from flowpath.training.compiling import has_compiler
+from flowpath.tracing import Traced, TracingError, trace
+from flowpath.tracing.compiler import has_compiler
 
 needs_compiler = pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="needs a C++ compiler")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

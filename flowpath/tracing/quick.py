@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from flowpath.svi.graphs import (
+from flowpath.tracing.graphs import (
     LIKE,
     Storages,
     aten,

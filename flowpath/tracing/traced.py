@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from flowpath.svi import graphs
-from flowpath.svi.plain import kept, plain_tensors
-from flowpath.svi.quick import quickened
-from flowpath.training.compiling import validation_kept
+from flowpath.tracing import graphs
+from flowpath.tracing.compiler import validation_kept
+from flowpath.tracing.plain import cuda_indices, kept, plain_tensors
+from flowpath.tracing.quick import quickened
 
 
 class TracingError(RuntimeError):
@@ -109,7 +109,7 @@ class Traced:
         Compiles now, for a function of these inputs. Raises whatever the compiler raises.
         """
         options: dict[str, Any] = {"fallback_random": bool(self.random)}
-        devices = _devices([*inputs, *self.held])
+        devices = cuda_indices([*inputs, *self.held])
         if devices:
             options["triton.cudagraphs"] = not self.random
         with torch.no_grad(), validation_kept(), torch.random.fork_rng(devices), catch_warnings():
@@ -149,7 +149,7 @@ def trace(
 
     Example:
         >>> import torch
-        >>> from flowpath.svi.tracing import trace
+        >>> from flowpath.tracing import trace
         >>> w = torch.ones(3, requires_grad=True)
         >>> def slope(x):
         ...     return torch.autograd.grad((w * x + torch.randn(3)).square().sum(), w)[0]
@@ -176,7 +176,7 @@ def trace(
         outputs.append(out)
         return results
 
-    with kept(known), torch.random.fork_rng(_devices([*inputs, *known])), plain_tensors():
+    with kept(known), torch.random.fork_rng(cuda_indices([*inputs, *known])), plain_tensors():
         try:
             recorded = make_fx(flat, tracing_mode="real")(stand_ins, known)
         except Exception as error:
@@ -267,12 +267,6 @@ _below_autograd: Callable[[], Any] = getattr(torch._C, "_AutoDispatchBelowAutogr
 
 def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list({id(x): x for x in tensors}.values())
-
-
-def _devices(tensors: Sequence[Any]) -> list[int]:
-    """The CUDA devices of tensors, as `torch.random.fork_rng` wants them."""
-    found = {x.device.index for x in tensors if isinstance(x, Tensor) and x.is_cuda}
-    return sorted(i for i in found if i is not None)
 
 
 def describe(x: Any) -> Any:

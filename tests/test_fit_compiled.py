@@ -1,0 +1,222 @@
+"""fit with compile=...: the same fit as without, or plain running and a word why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import flowpath as fp
+from flowpath.objectives import MaximumLikelihood
+from flowpath.tracing import Traced
+from flowpath.tracing.compiler import has_compiler
+from flowpath.training import compiling, joint
+from flowpath.training.compiling import Runner
+
+CPU = torch.device("cpu")
+X = 10 + 3 * torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs run as they are: all of compiling but the compiler, which takes its time."""
+    monkeypatch.setattr(Traced, "compiled", lambda traced, inputs: traced.run)
+    monkeypatch.setattr(compiling, "has_compiler", lambda device: True)
+
+
+def quick(flow: Any = "gaussian", **options: Any) -> fp.FitResult:
+    return fp.fit(flow, X, **{"seed": 0, "epochs": 2, "batch_size": 32, **options})
+
+
+def weights_of(flow: fp.Flow) -> Tensor:
+    return torch.cat([t.double().flatten() for t in flow.state_dict().values()])
+
+
+def drop_out() -> fp.Flow:
+    return fp.nsf(2, transforms=2, hidden_features=(8,), bins=4, dropout=0.3)
+
+
+def normalised() -> fp.Flow:
+    return fp.Flow(fp.Chain([fp.ActNorm(2), fp.Permutation.reverse(2), fp.LU(2)]), fp.StandardNormal(2))
+
+
+class Scaled(nn.Module):
+    """A loss with one parameter, which `seen` may look at or change."""
+
+    def __init__(self, seen: Callable[[Scaled, Tensor], float] | None = None) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(2.0))
+        self.calls, self.seen = 0, seen
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        factor = 1.0 if self.seen is None else self.seen(self, x)
+        return (self.a * x).square().mean() * factor
+
+
+def gradient(runner: Runner, model: nn.Module, *batch: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    loss = runner(*batch)
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+# --- the same fit ---
+
+
+@pytest.mark.skipif(not has_compiler(CPU), reason="needs a C++ compiler")
+def test_compiled_fit_follows_the_plain_one() -> None:
+    compiled, plain = (quick(compile=mode, epochs=None, steps=6) for mode in (True, False))
+    assert compiled.compiled and not plain.compiled
+    assert torch.allclose(weights_of(compiled.flow), weights_of(plain.flow), atol=1e-5)
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"flow": drop_out},
+        {"flow": lambda: fp.maf(2, transforms=2, hidden_features=(8,)), "weights": torch.linspace(0, 1, 200)},
+        {"flow": lambda: fp.nsf(2, 1, transforms=2, hidden_features=(8,)), "context": X[:, :1].sin()},
+        {"flow": normalised},
+    ],
+    ids=["dropout", "weights", "context", "activation normalisation"],
+)
+def test_one_graph_gives_the_same_fit(options: dict[str, Any]) -> None:
+    made = options.pop("flow")
+    fits = []
+    for mode in (True, False):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            flow = made()
+        fits.append(quick(flow, compile=mode, clip=5.0, **options))
+    assert fits[0].compiled
+    assert fits[0].history[-1]["train"] == pytest.approx(fits[1].history[-1]["train"], abs=1e-4)
+    assert torch.allclose(weights_of(fits[0].flow), weights_of(fits[1].flow), atol=1e-4)
+
+
+@pytest.mark.usefixtures("untouched")
+def test_the_plain_gradients_whatever_the_batch() -> None:
+    flow = fp.nsf(2, transforms=2, hidden_features=(8,), bins=4)
+    goal = MaximumLikelihood(flow)
+    compiled, plain = Runner(goal, True, CPU), Runner(goal, False, CPU)
+    for n in (16, 16, 16, 5, 16, 7, 7):
+        x = torch.randn(n, 2) * (n / 8)
+        for a, b in zip(gradient(compiled, goal, x), gradient(plain, goal, x), strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+
+
+# --- where one graph will not do ---
+
+
+@pytest.fixture
+def by_torch(untouched: None, monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The modules that torch.compile is given."""
+    given: list[nn.Module] = []
+    monkeypatch.setattr(torch, "compile", lambda module: given.append(module) or (lambda *batch: module(*batch)))  # type: ignore[func-returns-value]
+    return given
+
+
+def test_an_objective_that_looks_at_values_goes_through_torch_compile(by_torch: list[nn.Module]) -> None:
+    model = Scaled(lambda m, x: 1.0 if x.sum() > 0 else 2.0)
+    runner = Runner(model, True, CPU)
+    for _ in range(3):
+        runner(torch.ones(3))
+    assert by_torch == [model] and runner.compiled
+
+
+def test_gradients_that_are_hooked_go_through_torch_compile(by_torch: list[nn.Module]) -> None:
+    model = Scaled()
+    model.a.register_hook(lambda g: 3 * g)
+    runner = Runner(model, True, CPU)
+    for _ in range(3):
+        assert float(gradient(runner, model, torch.ones(3))[1]) == 12.0
+    assert by_torch == [model]
+
+
+def test_fit_target_goes_through_torch_compile(by_torch: list[nn.Module]) -> None:
+    """Its estimators keep state in Python."""
+    normal = torch.distributions.Normal(0.0, 1.0)
+    fp.fit_target("gaussian", lambda x: normal.log_prob(x).sum(-1), features=2, steps=4, compile=True)
+    assert len(by_torch) == 1
+
+
+@pytest.mark.usefixtures("untouched")
+def test_state_in_python_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joint, "_CHECK", 4)
+    model = Scaled(lambda m, x: 1.0 if m.calls < 5 else 2.0)
+    runner = Runner(model, True, CPU)
+    with pytest.warns(
+        UserWarning, match="the compiled step is not the plain one: its loss is 4 where the plain"
+    ) as caught:
+        for _ in range(40):
+            loss = runner(torch.ones(3))
+    assert loss.item() == 8.0 and len(caught) == 1 and not runner.compiled
+
+
+@pytest.mark.usefixtures("untouched")
+def test_a_compiler_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def off(traced: Traced, inputs: Any) -> Callable[[list[Tensor]], list[Any]]:
+        return lambda tensors: [2 * r for r in traced.run(tensors)]
+
+    monkeypatch.setattr(Traced, "compiled", off)
+    with pytest.warns(UserWarning, match="the compiled step is not the plain one"):
+        result = quick(compile=True)
+    assert not result.compiled and result.skipped == 0
+
+
+# --- no compiler, or one that fails ---
+
+
+def test_without_a_compiler_it_warns_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "has_compiler", lambda device: False)
+    with pytest.warns(UserWarning, match="without torch.compile: there is no compiler"):
+        assert not quick(compile=True).compiled
+
+
+def _fails(*_: Any) -> Any:
+    raise RuntimeError("no such backend")
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["when it runs", "at once"])
+@pytest.mark.parametrize("hooked", [True, False], ids=["by torch.compile", "one graph"])
+def test_failed_compilation_falls_back_with_one_warning(
+    late: bool, hooked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter([None, None])  # the first call of the step is the comparison with plain running
+
+    def fails_then(traced: Traced, inputs: Any) -> Any:
+        return lambda tensors: traced.run(tensors) if next(calls, "failed") is None else _fails()
+
+    monkeypatch.setattr(Traced, "compiled", fails_then if late else _fails)
+    monkeypatch.setattr(torch, "compile", lambda module: _fails if late else _fails())
+    monkeypatch.setattr(compiling, "has_compiler", lambda device: True)
+    flow = fp.nsf(2, transforms=1, hidden_features=(8,))
+    if hooked:
+        next(flow.parameters()).register_hook(lambda g: g)
+    with pytest.warns(UserWarning, match="compilation failed: RuntimeError: no such backend") as caught:
+        result = quick(flow, compile=True)
+    assert len(caught) == 1 and not result.compiled and result.skipped == 0
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize(("pace", "compiled"), [(1.0, True), (1e-3, False)], ids=["long", "short"])
+def test_auto_compiles_where_it_pays(pace: float, compiled: bool) -> None:
+    runner = Runner(nn.Linear(1, 1), "auto", CPU)
+    for step in range(1, 100):
+        runner.observe(step, pace * step, step / 1000)
+    assert runner.compiled is compiled
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize("quicker", [True, False])
+def test_auto_keeps_the_quicker_of_the_two(quicker: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joint, "is_quicker", lambda new, old: quicker)
+    model = Scaled()
+    runner = Runner(model, "auto", CPU)
+    for step in range(1, 100):
+        assert float(gradient(runner, model, torch.ones(3))[1]) == 4.0
+        runner.observe(step, step, step / 1000)
+    assert runner.compiled is quicker
