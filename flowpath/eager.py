@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -19,18 +20,32 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+_recording = False
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Inside, autograd's own backward passes are recorded, as `flowpath.tracing` does: it says that it compiles."""
+    global _recording
+    before, _recording = _recording, True
+    try:
+        yield
+    finally:
+        _recording = before
+
+
+def keeps_operations() -> bool:
+    """Whether operations run as they are written: torch.compile makes others of them."""
+    return _recording or not torch.compiler.is_compiling()
+
+
 def differentiates_by_hand() -> bool:
     """Whether a backward pass may come, and plain autograd is what will run it.
 
     Not where gradients are off; not under torch.compile and torch.func, which differentiate the operations
     themselves; not in a dual level of forward-mode differentiation.
     """
-    return (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not is_transformed()
-        and forward_ad._current_level < 0
-    )
+    return torch.is_grad_enabled() and keeps_operations() and not is_transformed() and forward_ad._current_level < 0
 
 
 def full_precision(like: Tensor) -> AbstractContextManager[object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -148,9 +149,7 @@ def test_state_in_python_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joint, "_CHECK", 4)
     model = Scaled(lambda m, x: 1.0 if m.calls < 5 else 2.0)
     runner = Runner(model, True, CPU)
-    with pytest.warns(
-        UserWarning, match="the compiled step is not the plain one: its loss is 4 where the plain"
-    ) as caught:
+    with pytest.warns(UserWarning, match="is not the step: its loss is 4 where the plain") as caught:
         for _ in range(40):
             loss = runner(torch.ones(3))
     assert loss.item() == 8.0 and len(caught) == 1 and not runner.compiled
@@ -162,7 +161,7 @@ def test_a_compiler_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
         return lambda tensors: [2 * r for r in traced.run(tensors)]
 
     monkeypatch.setattr(Traced, "compiled", off)
-    with pytest.warns(UserWarning, match="the compiled step is not the plain one"):
+    with pytest.warns(UserWarning, match="the graph of the step is not the step"):
         result = quick(compile=True)
     assert not result.compiled and result.skipped == 0
 
@@ -210,13 +209,106 @@ def test_auto_compiles_where_it_pays(pace: float, compiled: bool) -> None:
     assert runner.compiled is compiled
 
 
+# --- graphs that are not compiled ---
+
+
+def watched(model: nn.Module, batch: Tensor, steps: int, pace: float = 1.0, **options: Any) -> Runner:
+    """A runner after steps of such a pace, of which a thousand are to come in all."""
+    runner = Runner(model, "auto", CPU, **options)
+    for step in range(1, steps + 1):
+        model.zero_grad()
+        runner(batch)
+        runner.observe(step, pace * step, step / 1000)
+    return runner
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "has_compiler", lambda device: False)
+
+
 @pytest.mark.usefixtures("untouched")
 @pytest.mark.parametrize("quicker", [True, False])
 def test_auto_keeps_the_quicker_of_the_two(quicker: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joint, "is_quicker", lambda new, old: quicker)
     model = Scaled()
-    runner = Runner(model, "auto", CPU)
-    for step in range(1, 100):
-        assert float(gradient(runner, model, torch.ones(3))[1]) == 4.0
-        runner.observe(step, step, step / 1000)
-    assert runner.compiled is quicker
+    runner = watched(model, torch.ones(3), steps=99)
+    assert float(model.a.grad) == 4.0 and runner.compiled is quicker  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize(("pace", "graph"), [(0.1, True), (0.01, False)], ids=["long", "short"])
+def test_auto_runs_a_long_fit_as_a_graph(pace: float, graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joint, "is_quicker", lambda new, old: True)
+    model = Scaled()
+    watched(model, torch.ones(3), steps=80, pace=pace)
+    assert (model.calls < 60) is graph
+    assert float(model.a.grad) == 4.0  # type: ignore[arg-type]
+
+
+FLOWS = {
+    "spline coupling": lambda: fp.nsf(5, transforms=3, hidden_features=(16,)),
+    "with a context": lambda: fp.nsf(3, 2, transforms=2, hidden_features=(16,)),
+    "affine autoregressive": lambda: fp.maf(5, transforms=2, hidden_features=(16,)),
+    "spline autoregressive": lambda: fp.nsf_autoregressive(3, transforms=2, hidden_features=(16,)),
+    "affine coupling": lambda: fp.realnvp(4, transforms=2, hidden_features=(16,)),
+    "dropout": drop_out,
+    "activation normalisation": normalised,
+}
+
+
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize("made", [pytest.param(make, id=name) for name, make in FLOWS.items()])
+def test_a_graph_gives_the_plain_numbers_bit_for_bit(
+    made: Callable[[], fp.Flow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joint, "is_quicker", lambda new, old: True)
+    monkeypatch.setattr(compiling, "_TRACE_COST", 0.0)
+    built = made().train()
+    x = 2 * torch.randn(400, *built.event_shape)
+    context = torch.randn(400, built.context) if built.context else None
+    calls: list[int] = []
+    real = joint.JointStep.__call__
+    monkeypatch.setattr(joint.JointStep, "__call__", lambda self, batch: (calls.append(1), real(self, batch))[1])
+    fits = []
+    for mode in ("auto", False):
+        flow = copy.deepcopy(built)
+        fits.append(fp.fit(flow, x, context=context, seed=0, steps=80, batch_size=64, compile=mode))
+        assert len(calls) > 20
+    graph, plain = fits
+    assert torch.equal(weights_of(graph.flow), weights_of(plain.flow))
+    assert [row["train"] for row in graph.history] == [row["train"] for row in plain.history]
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_graph_ends_where_its_parameters_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joint, "is_quicker", lambda new, old: True)
+    model = nn.Sequential(nn.Linear(2, 1), nn.Flatten(0), Mean())
+    runner = watched(model, torch.ones(3, 2), steps=70)
+    model[0].bias.requires_grad_(False)
+    model.zero_grad()
+    runner(torch.ones(3, 2))
+    assert model[0].bias.grad is None and model[0].weight.grad is not None
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean()
+
+
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize("seen", [lambda m, x: 1.0 if x.sum() > 0 else 2.0, lambda m, x: 1.0 + 1e-5 * (m.calls % 2)])
+def test_auto_is_silent_where_no_graph_will_do(seen: Any, recwarn: pytest.WarningsRecorder) -> None:
+    model = Scaled(seen)
+    watched(model, torch.ones(3), steps=80)
+    assert model.calls >= 80 and not recwarn.list
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_graph_that_goes_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joint, "is_quicker", lambda new, old: True)
+    monkeypatch.setattr(joint, "_CHECK", 4)
+    model = Scaled(lambda m, x: 1.0 if m.calls < 56 else 2.0)
+    with pytest.warns(UserWarning, match="without a graph of its step: Differs: .* its loss is 4 where") as caught:
+        watched(model, torch.ones(3), steps=99)
+    assert len(caught) == 1 and float(model.a.grad) == 8.0  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from experiments.bench.peers import Rival, Shape
 
@@ -65,8 +66,19 @@ CASES = [
 SMOKE = [Case("smoke", "coupling", Shape(2, transforms=2, hidden=(8, 8)), 8, (LOG_PROB, TRAIN))]
 
 
-def operation(rival: Rival, name: str, case: Case, device: str, fused: bool) -> Callable[[], object]:
-    """One call of an operation. Inputs are cloned: Pyro caches by identity. `fused` is Adam's."""
+def operation(
+    rival: Rival,
+    name: str,
+    case: Case,
+    device: str,
+    fused: bool,
+    differentiate: Callable[[Tensor], object] | None = None,
+) -> Callable[[], object]:
+    """One call of an operation. Inputs are cloned: Pyro caches by identity. `fused` is Adam's.
+
+    `differentiate` leaves the gradients of the negative mean log likelihood of rows in the parameters; by default, as
+    users do, backward() of the mean of log_prob.
+    """
     n = case.size(name)
     x = 1.5 * torch.randn(n, case.shape.features, generator=torch.Generator().manual_seed(0)).to(device)
     parameters = list(rival.module.parameters())
@@ -76,9 +88,12 @@ def operation(rival: Rival, name: str, case: Case, device: str, fused: bool) -> 
         with torch.no_grad():
             rival.log_prob(x.clone())
 
+    def backward(x: Tensor) -> None:
+        (-rival.log_prob(x).mean()).backward()
+
     def train() -> None:
         adam.zero_grad()
-        (-rival.log_prob(x.clone()).mean()).backward()
+        (differentiate or backward)(x.clone())
         adam.step()
 
     def sample() -> None:

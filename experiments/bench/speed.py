@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import warnings
@@ -11,10 +12,12 @@ from typing import Any
 
 import torch
 
+import flowpath as fp
 from experiments.bench.agreement import TOLERANCE, matched, worst_difference
 from experiments.bench.cases import RSAMPLE, SAMPLE, TRAIN, VARIATIONAL, Case, operation
 from experiments.bench.measure import ratios, side_by_side, spread
 from experiments.bench.peers import LIBRARIES, Rival
+from flowpath.training.compiling import Runner
 
 Record = dict[str, Any]
 OURS, FUSED, COMPILED = "flowpath", "flowpath, fused Adam", "flowpath, compiled"
@@ -65,21 +68,26 @@ def eager(case: Case, device: str, **timing: Any) -> Iterator[Record]:
 
 
 def compiled(case: Case, device: str, **timing: Any) -> Iterator[Record]:
-    """The same with torch.compile, the peers' too, and Adam fused for all; cold seconds beside."""
+    """The same compiled, with fused Adam: flowpath's step as `fp.fit(compile=True)` runs it, the rest by torch.compile.
+
+    Cold seconds, of the first two calls, beside. A peer's way to draw feature by feature is not compiled, as that would
+    unroll it D times.
+    """
     from torch._inductor import config  # not before it is needed: it is slow to import
 
+    torch._logging.set_logs(dynamo=logging.CRITICAL)  # nflows breaks its graphs with pages of warnings
     config.compile_threads = 1  # in this process, so that its CPU time can be told
     config.force_disable_caches = True
     for name in case.compiled:
         flows = rivals(case, device)
         counts = {who: rival.parameters for who, rival in flows.items()}
-        works = {"nflows": operation(flows["nflows"], name, case, device, fused=False)}
+        works = {who: operation(r, name, case, device, fused=False) for who, r in flows.items() if who != OURS}
+        works = {who: work for who, work in works.items() if _runs(who, case, name, work)}
         cold = {}
-        for who in (OURS, *COMPILED_PEERS.get(case.name, ("zuko",))):
-            if who not in flows:
-                continue
+        peers = () if name in (SAMPLE, RSAMPLE) else COMPILED_PEERS.get(case.name, ("zuko",))
+        for who in [w for w in (OURS, *peers) if w in flows]:
             torch._dynamo.reset()
-            work = operation(_compile(flows[who], name, who == OURS), name, case, device, fused=True)
+            work = _compiled_work(flows[who], who, name, case, device)
             begun = _all_seconds()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -91,6 +99,13 @@ def compiled(case: Case, device: str, **timing: Any) -> Iterator[Record]:
         record = _record(case, name, "compiled", side_by_side(works, device, **timing), counts, COMPILED)
         yield record | {"cold_cpu_seconds": cold}
     torch._dynamo.reset()
+
+
+def _compiled_work(rival: Rival, who: str, name: str, case: Case, device: str) -> Callable[[], object]:
+    if who == OURS and name == TRAIN:
+        runner = Runner(fp.MaximumLikelihood(rival.module), True, torch.device(device))  # type: ignore[arg-type]
+        return operation(rival, name, case, device, fused=True, differentiate=runner)
+    return operation(_compile(rival, name, who == OURS), name, case, device, fused=True)
 
 
 def _all_seconds() -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from flowpath import _pyro  # noqa: F401  before Pyro
+
+# isort: split
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,6 +16,7 @@ from torch.distributions import Distribution
 from torch.fx.experimental import proxy_tensor
 from torch.overrides import TorchFunctionMode
 
+from flowpath.eager import recording
 from flowpath.tracing.graphs import Facts
 
 
@@ -29,6 +33,7 @@ def plain_tensors() -> Iterator[None]:
         stack.enter_context(_patched(pyro.util, "torch_isnan", lambda x: False))
         # What torch.export does too: code that branches on values takes its branch without.
         stack.enter_context(_patched(torch.compiler, "_is_compiling_flag", True))
+        stack.enter_context(recording())
         # A node's fake tensor takes torch as long to make as all the rest; the passes need the four facts only.
         if hasattr(proxy_tensor, "extract_val"):
             stack.enter_context(_patched(proxy_tensor, "extract_val", Facts.of))

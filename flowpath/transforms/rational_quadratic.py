@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowpath.eager import differentiates_by_hand, is_plain
+from flowpath.eager import differentiates_by_hand, is_plain, keeps_operations
 from flowpath.transforms.spline_box import Box, Constants, constants, sums
 
 Pair = tuple[Tensor, Tensor]
@@ -97,7 +97,7 @@ def _curve(
 
 def _knots(p: Tensor, box: Box, c: Constants | None = None) -> Tensor:
     """The `(2, K + 1, N)` knots in x and y. Matmul is fastest on a CPU; tf32 or bf16 would spoil them."""
-    if not torch.compiler.is_compiling() and _matmul_is_exact(p):
+    if keeps_operations() and _matmul_is_exact(p):
         return torch.baddbmm(*((c and c.sums) or sums(box, p)), p)
     widths = torch.stack([p[i] * box.free[i] + box.floors[i] for i in (0, 1)])
     inner = box.low + widths[:, :-1].cumsum(1)
