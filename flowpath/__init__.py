@@ -28,10 +28,9 @@ if TYPE_CHECKING:
     from flowpath.estimators import Enumerate, Estimator, Pathwise, Score, expectation
     from flowpath.flow import Flow
     from flowpath.foreign_bases import ConditionalBase
-    from flowpath.gated import GatedMLP
     from flowpath.interop import from_nflows, from_torch, to_nflows, to_torch
     from flowpath.io import load, save
-    from flowpath.nets import MLP, MaskedMLP, ParamsLast, ResidualMLP
+    from flowpath.nets import MLP, GatedMLP, MaskedMLP, ParamsLast, ResidualMLP
     from flowpath.objectives import ForwardKL, MaximumLikelihood
     from flowpath.registry import register
     from flowpath.standardize import Standardize
@@ -167,8 +166,7 @@ _GIVES = {
     "foreign_bases": "ConditionalBase",
     "interop": "from_nflows from_torch to_nflows to_torch",
     "io": "load register save",
-    "gated": "GatedMLP",
-    "nets": "MLP MaskedMLP ParamsLast ResidualMLP",
+    "nets": "MLP GatedMLP MaskedMLP ParamsLast ResidualMLP",
     "objectives": "ForwardKL MaximumLikelihood",
     "standardize": "Standardize",
     "supports": "Support above below integer interval lattice positive real",

@@ -10,7 +10,8 @@ from torch import nn
 from flowpath.bases import StandardNormal
 from flowpath.checks import check_count
 from flowpath.flow import Flow
-from flowpath.nets import MLP, Activation, MaskedMLP
+from flowpath.nets import MLP, MaskedMLP
+from flowpath.nets.common import Activation
 from flowpath.standardize import Standardize
 from flowpath.transform import Chain, Element, Inverse, Transform
 from flowpath.transforms.autoregressive import MaskedAutoregressive

@@ -12,7 +12,7 @@ from torch.distributions import constraints
 from torch.nn import functional as F
 
 from flowpath.checks import check_count
-from flowpath.nets import MLP
+from flowpath.nets.mlp import MLP
 from flowpath.registry import register
 
 _LOG_TWO_PI = math.log(2.0 * math.pi)

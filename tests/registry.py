@@ -14,7 +14,7 @@ from torch.distributions import transforms as tt
 
 import flowpath as fp
 from flowpath.architectures import architectures as RECIPES
-from flowpath.row_nets import PickedMLP, RowMLP
+from flowpath.nets import PickedMLP, RowMLP
 
 HIDDEN = (8,)
 ARCHITECTURES = sorted(RECIPES)

@@ -23,7 +23,7 @@ LAYERS = [
     {"registry", "_pyro"},
     {"checks", "eager", "layout", "tracing"},
     {"transform"},
-    {"transforms", "nets", "gated", "row_nets", "standardize", "bases", "foreign_bases", "recompute"},
+    {"transforms", "nets", "standardize", "bases", "foreign_bases", "recompute"},
     {"distribution", "flow"},
     {"architectures", "draws", "interop"},
     {"estimators"},

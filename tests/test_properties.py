@@ -322,8 +322,9 @@ class Plain(nn.Module):
 
 # features, rows, context, order: 16 features of at most 8 rows take the Jacobi sweeps
 SIZES = {
-    "steps": (4, 5, 0, None),
-    "steps-context": (4, 5, 2, [2, 0, 3, 1]),
+    "steps": (7, 5, 0, None),
+    "steps-context": (7, 5, 2, [2, 0, 3, 6, 1, 4, 5]),
+    "passes": (4, 5, 2, [2, 0, 3, 1]),
     "sweeps": (16, 4, 0, None),
     "sweeps-context": (16, 8, 2, list(range(15, -1, -1))),
     "one-feature": (1, 5, 2, None),

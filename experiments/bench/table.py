@@ -117,6 +117,23 @@ def memory() -> Iterator[str]:
         yield f"| {s['name']} | {sizes} | {ratios} |"
 
 
+def floor() -> Iterator[str]:
+    """The least time of the conditioners' products, and the steps beside it."""
+    least = json.loads((RESULTS / "floor.json").read_text("utf-8"))
+    records = runs()[least["capability"].lower()]["records"]
+    times = {(r["case"], r["operation"], r["mode"]): r["milliseconds"] for r in records}
+    yield "| case | operation | the products alone, ms | nflows | flowpath, fused Adam | flowpath compiled |"
+    yield "|---|---|---|---|---|---|"
+    for case, operations in least["milliseconds"].items():
+        for operation, ms in operations.items():
+            eager = times.get((case, operation, "eager"), {})
+            whole = times.get((case, operation, "compiled"), {})
+            mine = eager.get("flowpath, fused Adam", eager.get("flowpath"))
+            shown = (eager.get("nflows"), mine, whole.get("flowpath, compiled"))
+            cells = ("" if t is None else f"{t['median']:.3g} ({100 * ms / t['median']:.0f} %)" for t in shown)
+            yield f"| {case} | {operation} | {ms:.3g} | {' | '.join(cells)} |"
+
+
 def agreement() -> Iterator[str]:
     """How far flowpath is from nflows with the same weights."""
     worst = max(v for run in runs().values() for v in run["agreement"]["worst"].values())
@@ -132,7 +149,7 @@ def machine() -> Iterator[str]:
 
 
 BLOCKS: dict[str, Callable[[], Iterator[str]]] = {
-    f.__name__: f for f in (targets, cells, compiled, behind, memory, agreement, machine)
+    f.__name__: f for f in (targets, cells, compiled, floor, behind, memory, agreement, machine)
 }
 
 

@@ -16,7 +16,8 @@ from flowpath.interop.nflows_twins import (
     MaskedResidualMLP,
     activation_class,
 )
-from flowpath.nets import MaskedMLP, ResidualMLP
+from flowpath.nets.masked import MaskedMLP
+from flowpath.nets.residual import ResidualMLP
 from flowpath.transform import Element, Transform
 from flowpath.transforms import Coupling, Elementwise, MaskedAutoregressive, RationalQuadratic
 

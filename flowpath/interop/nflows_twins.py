@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowpath.nets import Activation, _Net, _Residual, affine, apply_linear, feature_major, params_first
+from flowpath.nets.common import Activation, Net, affine, apply_linear, feature_major, params_first
+from flowpath.nets.residual import Residual
 from flowpath.registry import register
 from flowpath.transforms.elementwise import ScaleAndShift
 
@@ -41,7 +42,7 @@ def _columns(context: Tensor) -> Tensor:
 
 
 @register("nflows.GatedResidualMLP")
-class GatedResidualMLP(_Residual):
+class GatedResidualMLP(Residual):
     r"""nflows' ResidualNet: blocks h + W2 a(W1 a(h)), which a context gates, and batch norm if wanted.
 
     With a context c, beside x in the first layer, a block adds :math:`(W_2 a(W_1 a(h))) \cdot \sigma(V c)`.
@@ -80,7 +81,7 @@ class GatedResidualMLP(_Residual):
 
 
 @register("nflows.MaskedResidualMLP")
-class MaskedResidualMLP(_Net):
+class MaskedResidualMLP(Net):
     r"""nflows' MADE: a masked network with residual blocks, a context that every block sees, batch norm if wanted.
 
     With first layer :math:`h = W x + b + a(V c)`, a residual block adds :math:`W_2 a(W_1 a(h) + V c)`; a plain block is

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 
-from flowpath import bases, flow, foreign_bases, gated, interop, nets, row_nets, standardize, transforms  # noqa: F401  parts
+from flowpath import bases, flow, foreign_bases, interop, nets, standardize, transforms  # noqa: F401  parts
 from flowpath.io.encoding import SPACES, TRANSFORMS_BY_NAME
 from flowpath.registry import registered, registered_names
 

@@ -9,8 +9,7 @@ import torch
 
 from flowpath.bases import StandardNormal
 from flowpath.flow import Flow
-from flowpath.gated import GatedMLP
-from flowpath.row_nets import PickedMLP, RowMLP
+from flowpath.nets import GatedMLP, PickedMLP, RowMLP
 from flowpath.svi.handlers import Site
 from flowpath.svi.locating import Gaussian
 from flowpath.transform import Chain, Transform

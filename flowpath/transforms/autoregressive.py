@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from flowpath.eager import full_precision
 from flowpath.layout import features_first, features_last
-from flowpath.nets import MaskedMLP
+from flowpath.nets.masked import MaskedMLP
 from flowpath.registry import register
 from flowpath.transform import Conditioner, Direction, Element, Record, Transform
 from flowpath.transforms.autoregressive_inverse import (
     ImplicitInverse,
+    invert,
     invert_by_passes,
     invert_by_steps,
+    passes_are_quicker,
     solve_transposed,
 )
 from flowpath.transforms.driven import drive
@@ -114,10 +116,14 @@ class MaskedAutoregressive(Transform):
         return self._unsorted(x), ladj
 
     def _invert(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        if not isinstance(self.conditioner, MaskedMLP):
+        if not isinstance(self.conditioner, MaskedMLP) or z.shape[-1] == 1:
             return invert_by_passes(self, z, context)
         if self._element_learns or self.conditioner.random or _is_traced():
             return invert_by_steps(self, z, context, keep_graph=True)
+        if not torch.is_grad_enabled():
+            return invert(self, z, context)
+        if passes_are_quicker(z):
+            return invert_by_passes(self, z, context)
         return ImplicitInverse.apply(self, z, context, *self.conditioner.parameters())
 
     def record(self, direction: Direction, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Record]:

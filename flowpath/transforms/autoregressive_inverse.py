@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -9,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from flowpath.nets import MaskedMLP, affine
+from flowpath.nets.common import affine
+from flowpath.nets.masked import MaskedMLP
 from flowpath.transform import Conditioner, Element
+from flowpath.transforms.driven import apply_element
 
 _SMALL_BATCH = 64  # up to this many rows Jacobi sweeps beat the incremental inverse (experiments/bench/ar_inverse.py)
 _SMALL_WIDTH = 16  # below this many features they do not
+_FEW = 6  # up to this many features whole passes beat the implicit gradient in small batches (the same script)
 
 
 class Autoregressive(Protocol):
@@ -46,13 +50,14 @@ def invert_by_steps(t: Autoregressive, z: Tensor, context: Tensor | None, *, kee
     """The inverse a feature at a time, each hidden unit evaluated once. z `(*batch, d)` is sorted."""
     batch = z.shape[:-1]
     zs = z.movedim(-1, 0).flatten(1) if z.dim() > 1 else z.unsqueeze(-1)
-    net = _Steps(t.conditioner, context, zs, keep_graph)  # type: ignore[arg-type]
     values, ladjs = [], []
-    for i in range(zs.shape[0]):
-        x, ladj = t.element.inverse(zs[i, :, None], net.params(i)[:, :, None])
-        net.push(i, x.T)
-        values.append(x.T)
-        ladjs.append(ladj.T)
+    with torch.set_grad_enabled(keep_graph and torch.is_grad_enabled()):
+        net = _Steps(t.conditioner, context, zs, keep_graph)  # type: ignore[arg-type]
+        for i, row in enumerate(zs.split(1)):
+            x, ladj = apply_element(t.element, row, net.params(i), inverse=True)
+            net.push(i, x)
+            values.append(x)
+            ladjs.append(ladj)
     out = torch.cat(values) if values else zs
     return out.reshape(z.shape[-1], *batch).movedim(0, -1), torch.cat(ladjs).sum(0).reshape(batch)
 
@@ -87,25 +92,23 @@ class _Steps:
     def _read(self, layer: int, count: int) -> Tensor:
         return torch.cat(self.rows[layer]) if self.keep_graph else self.rows[layer][:count]
 
-    def _write(self, layer: int, start: int, value: Tensor) -> None:
-        if self.keep_graph:
-            self.rows[layer].append(value)
-        else:
-            self.rows[layer][start : start + len(value)] = value
-
     def params(self, i: int) -> Tensor:
-        """The params `(num_params, N)` of feature i, from the features before it."""
+        """The params `(num_params, 1, N)` of feature i, from the features before it."""
         weight, bias = self.final
         count = self.known[-1][i]
         if not count:
-            return bias[:, i, None].expand(-1, self.size)
-        return affine(self._read(-1, count), weight[:, i, :count], bias[:, i])
+            return bias[:, i, None, None].expand(-1, 1, self.size)
+        return affine(self._read(-1, count), weight[:, i, :count], bias[:, i]).unsqueeze(1)
 
     def push(self, i: int, x: Tensor) -> None:
         """Feature i `(1, N)` is known: so are, layer by layer, the units of degree i + 1."""
-        self._write(0, i, x)
-        if i + 1 < self.net.features:
-            self._extend(i + 1)
+        if i + 1 == self.net.features:
+            return
+        if self.keep_graph:
+            self.rows[0].append(x)
+        else:
+            self.rows[0][i] = x[0]
+        self._extend(i + 1)
 
     def _extend(self, degree: int, first_units: bool = False) -> None:
         seen = degree  # columns of the layer below that are known by now
@@ -114,11 +117,37 @@ class _Steps:
             start = 0 if first_units else self.known[j][degree - 1]
             if stop > start:
                 offset = self.first[start:stop] if j == 0 else bias[start:stop, None]
-                h = offset.expand(-1, self.size)
-                if seen:
-                    h = torch.addmm(h, weight[start:stop, :seen], self._read(j, seen))
-                self._write(j + 1, start, self.net._act(h if seen else h.clone()))
+                self._write(j, start, stop, offset, weight[start:stop, :seen] if seen else None)
             seen = stop
+
+    def _write(self, j: int, start: int, stop: int, offset: Tensor, weight: Tensor | None) -> None:
+        """The units from start to stop of hidden layer j: the activation of offset + W h."""
+        if self.keep_graph:
+            h = offset.expand(-1, self.size)
+            h = h.clone() if weight is None else torch.addmm(h, weight, self._read(j, weight.shape[1]))
+            self.rows[j + 1].append(self.net._act(h))
+            return
+        place = self.rows[j + 1][start:stop]
+        if weight is None:
+            place.copy_(offset)
+        else:
+            torch.addmm(offset, weight, self.rows[j][: weight.shape[1]], out=place)
+        h = self.net._act(place)
+        if h is not place:
+            place.copy_(h)
+
+
+def passes_are_quicker(z: Tensor) -> bool:
+    """Whether passes and autograd beat the implicit gradient: few features, and above two of them few rows."""
+    features = z.shape[-1]
+    return features <= 2 or (features <= _FEW and z.shape[:-1].numel() <= _SMALL_BATCH)
+
+
+def invert(t: Autoregressive, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The inverse by sweeps or steps, whichever is quicker; no gradient."""
+    if z.shape[:-1].numel() <= _SMALL_BATCH and z.shape[-1] >= _SMALL_WIDTH:
+        return invert_by_sweeps(t, z, context)
+    return invert_by_steps(t, z, context, keep_graph=False)
 
 
 class ImplicitInverse(torch.autograd.Function):
@@ -130,18 +159,14 @@ class ImplicitInverse(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(t: Autoregressive, z: Tensor, context: Tensor | None, *params: Tensor) -> tuple[Tensor, Tensor]:
-        rows = z.shape[:-1].numel()
-        if rows <= _SMALL_BATCH and z.shape[-1] >= _SMALL_WIDTH:
-            return invert_by_sweeps(t, z, context)
-        return invert_by_steps(t, z, context, keep_graph=False)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        t, z, context, *params = inputs
+    def forward(
+        ctx: Any, t: Autoregressive, z: Tensor, context: Tensor | None, *params: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x, ladj = invert(t, z, context)
         ctx.transform, ctx.has_context = t, context is not None
-        ctx.names = [name for name, _ in t.conditioner.named_parameters()]
-        ctx.save_for_backward(z, output[0], *([context] if context is not None else []), *params)
+        ctx.names = [name for name, _ in t.conditioner.named_parameters()]  # type: ignore[attr-defined]
+        ctx.save_for_backward(z, x, *([context] if context is not None else []), *params)
+        return x, ladj
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -207,9 +232,12 @@ def _implicit_vjp(
     g_x, g_ladj = grads
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        leaves = [p.detach().requires_grad_(p.requires_grad) for p in params]
+        leaves = [p if p.is_leaf else p.detach().requires_grad_(p.requires_grad) for p in params]
         c = None if context is None else context.detach().requires_grad_(context.requires_grad)
-        numbers = functional_call(t.conditioner, dict(zip(names, leaves, strict=True)), (x, c))  # type: ignore[arg-type]
+        if all(map(operator.is_, leaves, t.conditioner.parameters())):  # type: ignore[attr-defined]
+            numbers = t.conditioner(x, c)
+        else:  # the inverse was run with others in place of them
+            numbers = functional_call(t.conditioner, dict(zip(names, leaves, strict=True)), (x, c))  # type: ignore[arg-type]
         z, ladj = t.element.forward(x, numbers)
     back = -g_ladj.unsqueeze(-1).expand_as(ladj)
     g = g_x

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowpath.gated import GatedMLP
 from flowpath.layout import features_first, features_last
-from flowpath.nets import MLP, MaskedMLP, ResidualMLP
+from flowpath.nets import MLP, GatedMLP, MaskedMLP, ResidualMLP
 from flowpath.transform import Conditioner, Element
 from flowpath.transforms.elementwise import Affine
 from flowpath.transforms.spline import RationalQuadratic
@@ -27,10 +26,19 @@ def drive(
     """
     if x.dim() == 2 and type(element) in _ELEMENTS and _is_bare(conditioner):
         h = given if context is None else torch.cat([given, features_first(context)])
-        direct: Any = element
-        return direct.features_first(x, conditioner.numbers(h), inverse)  # type: ignore[attr-defined]
+        return apply_element(element, x, conditioner.numbers(h), inverse)  # type: ignore[attr-defined]
     run = element.inverse if inverse else element.forward
     y, ladj = run(features_last(x), conditioner(features_last(given), context))
+    return features_first(y), features_first(ladj)
+
+
+def apply_element(element: Element, x: Tensor, numbers: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """The Element on x `(d, N)` with its numbers `(num_params, d, N)`: value and ladj, each `(d, N)`."""
+    if type(element) in _ELEMENTS:
+        direct: Any = element
+        return direct.features_first(x, numbers, inverse)
+    run = element.inverse if inverse else element.forward
+    y, ladj = run(features_last(x), numbers.transpose(1, 2))
     return features_first(y), features_first(ladj)
 
 

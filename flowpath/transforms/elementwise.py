@@ -51,15 +51,17 @@ class ScaleAndShift(nn.Module, ABC):
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """x `(*batch, d)`, params (a, t) `(2, *batch, d)` -> (y, ladj), each `(*batch, d)`."""
-        s, log_s = self._scale(params[0])
-        y = torch.addcmul(params[1], s, x)
+        raw, shift = params.unbind(0)
+        s, log_s = self._scale(raw)
+        y = torch.addcmul(shift, s, x)
         return y, log_s if log_s.shape == y.shape else log_s.expand_as(y)
 
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """The way back: x = (y - t) / s, ladj -log s."""
-        s, log_s = self._scale(params[0])
-        x = (y - params[1]) / s
-        return x, -log_s.expand_as(x)
+        raw, shift = params.unbind(0)
+        s, log_s = self._scale(raw)
+        x = (y - shift) / s
+        return x, -log_s if log_s.shape == x.shape else -log_s.expand_as(x)
 
 
 @register("Affine")

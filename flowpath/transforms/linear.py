@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from flowpath.checks import check_count
 from flowpath.eager import full_precision
 from flowpath.layout import features_first, features_last
-from flowpath.nets import MLP
+from flowpath.nets.mlp import MLP
 from flowpath.registry import register
 from flowpath.transform import Record, Transform
 

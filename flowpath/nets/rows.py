@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from flowpath.gated import GatedMLP
-from flowpath.nets import feature_major
+from flowpath.nets.common import feature_major
+from flowpath.nets.gated import GatedMLP
 from flowpath.registry import register
 
 

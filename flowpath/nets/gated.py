@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flowpath.checks import check_count
-from flowpath.nets import apply_linear, feature_major, params_first
+from flowpath.nets.common import apply_linear, feature_major, params_first
 from flowpath.registry import register
 
 
