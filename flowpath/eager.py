@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,20 @@ def is_plain(like: Tensor) -> bool:
 def is_transformed() -> bool:
     """Whether torch.func's transforms are at work."""
     return torch._C._are_functorch_transforms_active()
+
+
+def number(value: float, like: Tensor) -> Any:
+    """A number of a formula, kept as a tensor of a dtype and device: on a CPU a Python number costs an operation more.
+
+    The number itself where tensors cannot be kept.
+    """
+    return _kept_number(value, like.dtype, like.device) if is_plain(like) else value
+
+
+@lru_cache(maxsize=256)
+def _kept_number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.tensor(value, dtype=dtype, device=device)
 
 
 _recording = False

@@ -11,17 +11,20 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import flowpath as fp
 from experiments.bench.agreement import TOLERANCE, matched, worst_difference
 from experiments.bench.cases import RSAMPLE, SAMPLE, TRAIN, VARIATIONAL, Case, operation
 from experiments.bench.measure import ratios, side_by_side, spread
 from experiments.bench.peers import LIBRARIES, Rival
+from flowpath.tracing import trace
 from flowpath.training.compiling import Runner
 
 Record = dict[str, Any]
 OURS, FUSED, COMPILED = "flowpath", "flowpath, fused Adam", "flowpath, compiled"
 # nflows breaks its graph at every spline and gains little from compiling: two cases show it.
+FEW = 8  # features up to which the way of drawing them one by one is compiled as a whole, not Element by Element
 COMPILED_PEERS = {"small": ("nflows", "zuko"), "coupling D=43": ("nflows", "zuko")}
 
 
@@ -105,7 +108,22 @@ def _compiled_work(rival: Rival, who: str, name: str, case: Case, device: str) -
     if who == OURS and name == TRAIN:
         runner = Runner(fp.MaximumLikelihood(rival.module), True, torch.device(device))  # type: ignore[arg-type]
         return operation(rival, name, case, device, fused=True, differentiate=runner)
+    if who == OURS and name == SAMPLE and case.shape.features <= FEW:
+        return _sampler(rival.module, case.size(name))  # type: ignore[arg-type]
     return operation(_compile(rival, name, who == OURS), name, case, device, fused=True)
+
+
+def _sampler(flow: fp.Flow, rows: int) -> Callable[[], object]:
+    """Draws from one graph of the flow's sample, compiled at the first call."""
+    made: list[Callable[[list[Tensor]], list[Any]]] = []
+
+    def sample() -> list[Any]:
+        if not made:
+            graph = trace(lambda: [flow.sample(rows)], [], live=flow.parameters())
+            made.append(graph.compiled([]))
+        return made[0]([])
+
+    return sample
 
 
 def _all_seconds() -> float:

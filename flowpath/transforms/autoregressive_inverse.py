@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -47,94 +48,100 @@ def invert_by_sweeps(t: Autoregressive, z: Tensor, context: Tensor | None) -> tu
 
 
 def invert_by_steps(t: Autoregressive, z: Tensor, context: Tensor | None, *, keep_graph: bool) -> tuple[Tensor, Tensor]:
-    """The inverse a feature at a time, each hidden unit evaluated once. z `(*batch, d)` is sorted."""
+    """The inverse a feature at a time, each hidden unit evaluated once: units of degree i see the i features before.
+
+    z `(*batch, d)` is sorted, and so are the units of a MaskedMLP: what is known of a layer is always its first rows.
+    """
     batch = z.shape[:-1]
     zs = z.movedim(-1, 0).flatten(1) if z.dim() > 1 else z.unsqueeze(-1)
-    values, ladjs = [], []
+    net: MaskedMLP = t.conditioner  # type: ignore[assignment]
     with torch.set_grad_enabled(keep_graph and torch.is_grad_enabled()):
-        net = _Steps(t.conditioner, context, zs, keep_graph)  # type: ignore[arg-type]
-        for i, row in enumerate(zs.split(1)):
-            x, ladj = apply_element(t.element, row, net.params(i), inverse=True)
-            net.push(i, x)
-            values.append(x)
-            ladjs.append(ladj)
-    out = torch.cat(values) if values else zs
-    return out.reshape(z.shape[-1], *batch).movedim(0, -1), torch.cat(ladjs).sum(0).reshape(batch)
+        x, ladj = _steps(t.element, net, zs, context, _Pieces if keep_graph else _Buffer)
+    return x.reshape(z.shape[-1], *batch).movedim(0, -1), ladj.reshape(batch)
 
 
-class _Steps:
-    """A MaskedMLP evaluated a feature at a time: units of degree m as soon as feature m is known.
+def _steps(
+    element: Element, net: MaskedMLP, z: Tensor, context: Tensor | None, kind: type[_Buffer]
+) -> tuple[Tensor, Tensor]:
+    """x `(d, N)` and ladj `(N,)` for z `(d, N)`."""
+    *hidden, (weight, bias) = net.layers()
+    units = [[n - m for m, n in pairwise([0, *known])] for known in net.known]  # of each degree, layer by layer
+    offsets = [_given(net, hidden[0], context), *(b.unsqueeze(-1) for _, b in hidden[1:])]
+    layers = [(w.split(n), b.split(n), kind(n, z, net)) for (w, _), b, n in zip(hidden, offsets, units, strict=True)]
+    final = weight.view(net.num_params, len(z), -1).unbind(1), bias.view(net.num_params, len(z), 1).unbind(1)
+    x, ladjs = kind([1] * len(z), z, net), []
+    for i, row in enumerate(z.split(1)):
+        below, seen = x, i
+        for (weights, biases, layer), known in zip(layers, net.known, strict=True):
+            if len(weights[i]):
+                layer.add(i, biases[i], weights[i], below.first(seen))
+            below, seen = layer, known[i]
+        numbers = below.product(final[1][i], final[0][i], seen)
+        value, ladj = apply_element(element, row, numbers.unsqueeze(1), inverse=True)
+        x.put(i, value)
+        ladjs.append(ladj)
+    out = x.first(len(z))
+    return (z, z.new_zeros(z.shape[1])) if out is None else (out, torch.cat(ladjs).sum(0))
 
-    Units are sorted by degree, so what is known of a layer is always its first rows. Without a graph they fill a
-    buffer; with one they are kept as pieces and concatenated, since autograd must see every value it used unchanged.
-    """
 
-    def __init__(self, net: MaskedMLP, context: Tensor | None, like: Tensor, keep_graph: bool) -> None:
-        self.net, self.keep_graph = net, keep_graph
-        self.layers = net.layers()
-        self.known = net.known
-        weight, bias = self.layers[0]
-        first = bias.unsqueeze(-1)
-        if context is not None:
-            c = context.movedim(-1, 0).flatten(1) if context.dim() > 1 else context.unsqueeze(-1)
-            first = affine(c, weight[:, net.features :], bias)
-        self.first = first
-        self.rows: list[Any] = (
-            [[] for _ in range(len(self.layers))]
-            if keep_graph
-            else [like.new_empty(w.shape[0], like.shape[1]) for w in (like, *(b for _, b in self.layers[:-1]))]
-        )
-        self.size = like.shape[1]
-        weight, bias = self.layers[-1]
-        self.final = weight.view(net.num_params, net.features, -1), bias.view(net.num_params, net.features)
-        self._extend(0, first_units=True)
+def _given(net: MaskedMLP, layer: tuple[Tensor, Tensor], context: Tensor | None) -> Tensor:
+    """What context and bias add to the first hidden layer, `(units, N)` or `(units, 1)`."""
+    weight, bias = layer
+    if context is None:
+        return bias.unsqueeze(-1)
+    c = context.movedim(-1, 0).flatten(1) if context.dim() > 1 else context.unsqueeze(-1)
+    return affine(c, weight[:, net.features :], bias)
 
-    def _read(self, layer: int, count: int) -> Tensor:
-        return torch.cat(self.rows[layer]) if self.keep_graph else self.rows[layer][:count]
 
-    def params(self, i: int) -> Tensor:
-        """The params `(num_params, 1, N)` of feature i, from the features before it."""
-        weight, bias = self.final
-        count = self.known[-1][i]
-        if not count:
-            return bias[:, i, None, None].expand(-1, 1, self.size)
-        return affine(self._read(-1, count), weight[:, i, :count], bias[:, i]).unsqueeze(1)
+class _Buffer:
+    """Rows of a layer `(units, N)` that become known block by block, written into one tensor: without a graph."""
 
-    def push(self, i: int, x: Tensor) -> None:
-        """Feature i `(1, N)` is known: so are, layer by layer, the units of degree i + 1."""
-        if i + 1 == self.net.features:
-            return
-        if self.keep_graph:
-            self.rows[0].append(x)
+    def __init__(self, sizes: list[int], like: Tensor, net: MaskedMLP) -> None:
+        self.act, self.size = net._act, like.shape[1]
+        self.all = like.new_empty(sum(sizes), like.shape[1])
+        self.blocks = self.all.split(sizes)
+
+    def first(self, count: int) -> Tensor | None:
+        """The first rows, all of them known; None for none."""
+        return self.all.narrow(0, 0, count) if count else None
+
+    def product(self, offset: Tensor, weight: Tensor, count: int) -> Tensor:
+        """offset + W h for the first rows h."""
+        h = self.first(count)
+        return offset.expand(-1, self.size) if h is None else torch.addmm(offset, weight.narrow(1, 0, count), h)
+
+    def put(self, i: int, value: Tensor) -> None:
+        """Block i is known."""
+        self.blocks[i].copy_(value)
+
+    def add(self, i: int, offset: Tensor, weight: Tensor, h: Tensor | None) -> None:
+        """Block i is the activation of offset + W h."""
+        block = self.blocks[i]
+        if h is None:
+            block.copy_(offset)
         else:
-            self.rows[0][i] = x[0]
-        self._extend(i + 1)
+            torch.addmm(offset, weight.narrow(1, 0, len(h)), h, out=block)
+        active = self.act(block)
+        if active is not block:
+            block.copy_(active)
 
-    def _extend(self, degree: int, first_units: bool = False) -> None:
-        seen = degree  # columns of the layer below that are known by now
-        for j, (weight, bias) in enumerate(self.layers[:-1]):
-            stop = self.known[j][degree]
-            start = 0 if first_units else self.known[j][degree - 1]
-            if stop > start:
-                offset = self.first[start:stop] if j == 0 else bias[start:stop, None]
-                self._write(j, start, stop, offset, weight[start:stop, :seen] if seen else None)
-            seen = stop
 
-    def _write(self, j: int, start: int, stop: int, offset: Tensor, weight: Tensor | None) -> None:
-        """The units from start to stop of hidden layer j: the activation of offset + W h."""
-        if self.keep_graph:
-            h = offset.expand(-1, self.size)
-            h = h.clone() if weight is None else torch.addmm(h, weight, self._read(j, weight.shape[1]))
-            self.rows[j + 1].append(self.net._act(h))
-            return
-        place = self.rows[j + 1][start:stop]
-        if weight is None:
-            place.copy_(offset)
-        else:
-            torch.addmm(offset, weight, self.rows[j][: weight.shape[1]], out=place)
-        h = self.net._act(place)
-        if h is not place:
-            place.copy_(h)
+class _Pieces(_Buffer):
+    """The same kept as pieces, since autograd must see every value it used unchanged."""
+
+    def __init__(self, sizes: list[int], like: Tensor, net: MaskedMLP) -> None:
+        self.act, self.size = net._act, like.shape[1]
+        self.pieces: list[Tensor] = []
+
+    def first(self, count: int) -> Tensor | None:
+        return torch.cat(self.pieces) if count else None
+
+    def put(self, i: int, value: Tensor) -> None:
+        self.pieces.append(value)
+
+    def add(self, i: int, offset: Tensor, weight: Tensor, h: Tensor | None) -> None:
+        whole = offset.expand(-1, self.size)
+        self.put(i, self.act(whole.clone() if h is None else torch.addmm(whole, weight.narrow(1, 0, len(h)), h)))
 
 
 def passes_are_quicker(z: Tensor) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowpath.eager import number
 from flowpath.registry import register
 from flowpath.transform import Conditioner, Element, Transform
 
@@ -102,7 +103,7 @@ class Affine(ScaleAndShift):
         if self.log_bound is not None:
             log_s = self.log_bound * torch.tanh(raw / self.log_bound)
             return log_s.exp(), log_s
-        s = F.softplus(raw + self._offset) + self.min_scale
+        s = F.softplus(raw + number(self._offset, raw)) + number(self.min_scale, raw)
         return s, s.log()
 
 
