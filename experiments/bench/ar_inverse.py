@@ -1,4 +1,5 @@
-"""What the sequential direction of autoregressive flows costs beside the parallel one, and where Jacobi sweeps pay.
+"""What the sequential direction of autoregressive flows costs beside the parallel one, where Jacobi sweeps pay, and
+where whole passes with plain autograd beat the implicit gradient.
 
     python -m experiments.bench.ar_inverse [--quick]
 
@@ -73,6 +74,24 @@ def row(name: str, features: int, rows: int, scale: float, repeats: int) -> str:
     )
 
 
+def gradient_row(name: str, features: int, rows: int, repeats: int) -> str:
+    """One line: a layer's inverse and its gradient, by passes and implicitly."""
+    flow = rough_flow(name, features, 0.05)
+    layer = next(m for m in flow.modules() if isinstance(m, fp.MaskedAutoregressive))
+    z, params = torch.randn(rows, features), list(layer.conditioner.parameters())  # type: ignore[attr-defined]
+
+    def run(invert: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(sum(v.sum() for v in invert()), params)
+
+    passes = run(lambda: inverse.invert_by_passes(layer, z, None))
+    implicit = run(lambda: inverse.ImplicitInverse.apply(layer, z, None, *params))
+    down, across = milliseconds(passes, repeats), milliseconds(implicit, repeats)
+    return (
+        f"{name:18s} D={features:3d} rows={rows:5d}: inverse with gradient, passes {down:7.2f} ms, "
+        f"implicit {across:7.2f}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two sizes, one repeat")
@@ -84,6 +103,9 @@ def main() -> None:
             for rows in (8, 512) if quick else (1, 8, 64, 512, 4096):
                 for scale in (0.02, 0.05):
                     print(row(name, features, rows, scale, 1 if quick else 3), flush=True)
+        for features in (2, 8) if quick else (2, 4, 6, 8, 12):
+            for rows in (8,) if quick else (1, 8, 64, 512, 4096):
+                print(gradient_row(name, features, rows, 1 if quick else 9), flush=True)
 
 
 if __name__ == "__main__":

@@ -117,6 +117,19 @@ def memory() -> Iterator[str]:
         yield f"| {s['name']} | {sizes} | {ratios} |"
 
 
+def graph() -> Iterator[str]:
+    """The step that a long `fp.fit` takes, beside the plain one and beside nflows."""
+    yield "| case | CPU | plain step, ms | one graph, ms | times quicker than plain | than nflows | seconds to trace |"
+    yield "|---|---|---|---|---|---|---|"
+    for path in sorted(RESULTS.glob("fit_step-*.json")):
+        capability = path.stem.removeprefix("fit_step-").upper()
+        for r in json.loads(path.read_text("utf-8"))["records"]:
+            plain, mine = (r["milliseconds"][who]["median"] for who in ("flowpath, fused Adam", "flowpath, one graph"))
+            ratios = " | ".join(f"{r['ratios'][who]['median']:.2f}" for who in ("flowpath, fused Adam", "nflows"))
+            case = f"{r['case']}, batch {r['batch']}"
+            yield f"| {case} | {capability} | {plain:.3g} | {mine:.3g} | {ratios} | {r['seconds_to_trace']:.1f} |"
+
+
 def floor() -> Iterator[str]:
     """The least time of the conditioners' products, and the steps beside it."""
     least = json.loads((RESULTS / "floor.json").read_text("utf-8"))
@@ -149,7 +162,7 @@ def machine() -> Iterator[str]:
 
 
 BLOCKS: dict[str, Callable[[], Iterator[str]]] = {
-    f.__name__: f for f in (targets, cells, compiled, floor, behind, memory, agreement, machine)
+    f.__name__: f for f in (targets, cells, graph, compiled, floor, behind, memory, agreement, machine)
 }
 
 
