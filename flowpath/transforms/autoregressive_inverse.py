@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from flowpath.nets.common import affine
-from flowpath.nets.masked import MaskedMLP
 from flowpath.transform import Conditioner, Element
-from flowpath.transforms.driven import apply_element
+from flowpath.transforms.autoregressive_steps import invert_by_steps
 
 _SMALL_BATCH = 64  # up to this many rows Jacobi sweeps beat the incremental inverse (experiments/bench/ar_inverse.py)
 _SMALL_WIDTH = 16  # below this many features they do not
@@ -45,103 +42,6 @@ def invert_by_sweeps(t: Autoregressive, z: Tensor, context: Tensor | None) -> tu
         if bool(((x - last).abs() <= tolerance * x.abs().clamp_min(1.0)).all()):
             break
     return x, ladj.sum(-1)
-
-
-def invert_by_steps(t: Autoregressive, z: Tensor, context: Tensor | None, *, keep_graph: bool) -> tuple[Tensor, Tensor]:
-    """The inverse a feature at a time, each hidden unit evaluated once: units of degree i see the i features before.
-
-    z `(*batch, d)` is sorted, and so are the units of a MaskedMLP: what is known of a layer is always its first rows.
-    """
-    batch = z.shape[:-1]
-    zs = z.movedim(-1, 0).flatten(1) if z.dim() > 1 else z.unsqueeze(-1)
-    net: MaskedMLP = t.conditioner  # type: ignore[assignment]
-    with torch.set_grad_enabled(keep_graph and torch.is_grad_enabled()):
-        x, ladj = _steps(t.element, net, zs, context, _Pieces if keep_graph else _Buffer)
-    return x.reshape(z.shape[-1], *batch).movedim(0, -1), ladj.reshape(batch)
-
-
-def _steps(
-    element: Element, net: MaskedMLP, z: Tensor, context: Tensor | None, kind: type[_Buffer]
-) -> tuple[Tensor, Tensor]:
-    """x `(d, N)` and ladj `(N,)` for z `(d, N)`."""
-    *hidden, (weight, bias) = net.layers()
-    units = [[n - m for m, n in pairwise([0, *known])] for known in net.known]  # of each degree, layer by layer
-    offsets = [_given(net, hidden[0], context), *(b.unsqueeze(-1) for _, b in hidden[1:])]
-    layers = [(w.split(n), b.split(n), kind(n, z, net)) for (w, _), b, n in zip(hidden, offsets, units, strict=True)]
-    final = weight.view(net.num_params, len(z), -1).unbind(1), bias.view(net.num_params, len(z), 1).unbind(1)
-    x, ladjs = kind([1] * len(z), z, net), []
-    for i, row in enumerate(z.split(1)):
-        below, seen = x, i
-        for (weights, biases, layer), known in zip(layers, net.known, strict=True):
-            if len(weights[i]):
-                layer.add(i, biases[i], weights[i], below.first(seen))
-            below, seen = layer, known[i]
-        numbers = below.product(final[1][i], final[0][i], seen)
-        value, ladj = apply_element(element, row, numbers.unsqueeze(1), inverse=True)
-        x.put(i, value)
-        ladjs.append(ladj)
-    out = x.first(len(z))
-    return (z, z.new_zeros(z.shape[1])) if out is None else (out, torch.cat(ladjs).sum(0))
-
-
-def _given(net: MaskedMLP, layer: tuple[Tensor, Tensor], context: Tensor | None) -> Tensor:
-    """What context and bias add to the first hidden layer, `(units, N)` or `(units, 1)`."""
-    weight, bias = layer
-    if context is None:
-        return bias.unsqueeze(-1)
-    c = context.movedim(-1, 0).flatten(1) if context.dim() > 1 else context.unsqueeze(-1)
-    return affine(c, weight[:, net.features :], bias)
-
-
-class _Buffer:
-    """Rows of a layer `(units, N)` that become known block by block, written into one tensor: without a graph."""
-
-    def __init__(self, sizes: list[int], like: Tensor, net: MaskedMLP) -> None:
-        self.act, self.size = net._act, like.shape[1]
-        self.all = like.new_empty(sum(sizes), like.shape[1])
-        self.blocks = self.all.split(sizes)
-
-    def first(self, count: int) -> Tensor | None:
-        """The first rows, all of them known; None for none."""
-        return self.all.narrow(0, 0, count) if count else None
-
-    def product(self, offset: Tensor, weight: Tensor, count: int) -> Tensor:
-        """offset + W h for the first rows h."""
-        h = self.first(count)
-        return offset.expand(-1, self.size) if h is None else torch.addmm(offset, weight.narrow(1, 0, count), h)
-
-    def put(self, i: int, value: Tensor) -> None:
-        """Block i is known."""
-        self.blocks[i].copy_(value)
-
-    def add(self, i: int, offset: Tensor, weight: Tensor, h: Tensor | None) -> None:
-        """Block i is the activation of offset + W h."""
-        block = self.blocks[i]
-        if h is None:
-            block.copy_(offset)
-        else:
-            torch.addmm(offset, weight.narrow(1, 0, len(h)), h, out=block)
-        active = self.act(block)
-        if active is not block:
-            block.copy_(active)
-
-
-class _Pieces(_Buffer):
-    """The same kept as pieces, since autograd must see every value it used unchanged."""
-
-    def __init__(self, sizes: list[int], like: Tensor, net: MaskedMLP) -> None:
-        self.act, self.size = net._act, like.shape[1]
-        self.pieces: list[Tensor] = []
-
-    def first(self, count: int) -> Tensor | None:
-        return torch.cat(self.pieces) if count else None
-
-    def put(self, i: int, value: Tensor) -> None:
-        self.pieces.append(value)
-
-    def add(self, i: int, offset: Tensor, weight: Tensor, h: Tensor | None) -> None:
-        whole = offset.expand(-1, self.size)
-        self.put(i, self.act(whole.clone() if h is None else torch.addmm(whole, weight.narrow(1, 0, len(h)), h)))
 
 
 def passes_are_quicker(z: Tensor) -> bool:
