@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributions import Distribution, Independent, Normal, biject_to, constraints
 
 import flowpath as fp
+from flowpath.training.joint import JointStep
 
 pytestmark = [
     pytest.mark.gpu,
@@ -161,6 +162,28 @@ def test_fit_runs_on_the_device_and_returns_the_flow_there() -> None:
     result = fp.fit(flow, x, epochs=3, seed=0, device="cuda", progress=False)
     assert next(result.flow.parameters()).device.type == "cuda"
     assert bool(result.flow.log_prob(x.to(GPU)).isfinite().all())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("compiled", [False, True], ids=["one graph", "compiled"])
+@pytest.mark.parametrize("name", ["nsf", "maf"])
+def test_one_graph_of_a_step_on_the_device(name: str, compiled: bool) -> None:
+    """Compiled, its gradients lie in the static buffers of a CUDA graph: each step's must be read before the next."""
+    flow = small_flow(name, 3).double().to(GPU)
+    objective = fp.MaximumLikelihood(flow)
+    step = JointStep(objective, (normal(64, 3).to(GPU),), compiled)
+    for seed in range(4):
+        x = normal(64, 3, seed=seed).to(GPU)
+        loss = step((x,))
+        found = [p.grad.clone() for p in flow.parameters() if p.grad is not None]
+        flow.zero_grad()
+        expected = objective(x)
+        expected.backward()
+        assert torch.allclose(loss, expected, atol=1e-8)
+        for got, p in zip(found, [p for p in flow.parameters() if p.grad is not None], strict=True):
+            assert torch.allclose(got, p.grad, atol=1e-8)  # type: ignore[arg-type]
+        flow.zero_grad()
 
 
 @pytest.mark.slow

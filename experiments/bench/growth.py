@@ -10,8 +10,6 @@ epochs. One thread. Results: `results/growth.json`; `plot.py` draws a figure of 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import json
 import statistics
 import time
@@ -23,7 +21,7 @@ import torch
 
 import flowpath as fp
 from experiments.bench.measure import cpu_seconds
-from experiments.bench.memory import peak
+from experiments.bench.memory import give_back, peak
 from experiments.runner import surroundings
 
 HERE = Path(__file__).parent
@@ -75,19 +73,13 @@ def step_of(batch: int = BATCH, features: int = FEATURES, transforms: int = TRAN
 def timed(work: Callable[[], object], budget: float = 0.5) -> dict[str, float]:
     """Median milliseconds of CPU time, and the growth of the resident set in one call."""
     work()
-    release()
+    give_back()
     with peak() as grown:
         work()
     once = cpu_seconds(work, 1)
     repeats = max(3, min(20, int(budget / max(once, 1e-4))))
     times = [cpu_seconds(work, 1) for _ in range(repeats)]
     return {"milliseconds": 1e3 * statistics.median(times), "peak_mib": grown[0] / 2**20}
-
-
-def release() -> None:
-    """Give memory that is free back to the system, where the C library can: what grows afterwards is the call's."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def sampling(name: str, features: int) -> dict[str, float]:

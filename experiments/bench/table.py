@@ -113,7 +113,8 @@ def memory() -> Iterator[str]:
     ours, checked = by["flowpath"]["peak_mib"], by["flowpath, checkpoint_layers"]["peak_mib"]
     for s in steps:
         ratios = f"{s['peak_mib'] / ours:.2f} | {s['peak_mib'] / checked:.2f}"
-        sizes = f"{s['peak_mib']:.0f} | {s['kept_mib']:.0f} | {s['cpu_seconds']:.1f}"
+        kept = "" if s["kept_mib"] is None else f"{s['kept_mib']:.0f}"
+        sizes = f"{s['peak_mib']:.0f} | {kept} | {s['cpu_seconds']:.1f}"
         yield f"| {s['name']} | {sizes} | {ratios} |"
 
 
