@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
@@ -36,23 +37,26 @@ def _kept_number(value: float, dtype: torch.dtype, device: torch.device) -> Tens
         return torch.tensor(value, dtype=dtype, device=device)
 
 
-_recording = False
+class _Recording(threading.local):
+    on = False
+
+
+_recording = _Recording()
 
 
 @contextmanager
 def recording() -> Iterator[None]:
     """Inside, autograd's own backward passes are recorded, as `flowpath.tracing` does: it says that it compiles."""
-    global _recording
-    before, _recording = _recording, True
+    before, _recording.on = _recording.on, True
     try:
         yield
     finally:
-        _recording = before
+        _recording.on = before
 
 
 def keeps_operations() -> bool:
     """Whether operations run as they are written: torch.compile makes others of them."""
-    return _recording or not torch.compiler.is_compiling()
+    return _recording.on or not torch.compiler.is_compiling()
 
 
 def differentiates_by_hand() -> bool:

@@ -428,6 +428,17 @@ def test_no_grad_inverse_has_no_graph() -> None:
     assert torch.equal(x, t.inverse(z)[0])
 
 
+@pytest.mark.parametrize("size", ["steps", "passes"])
+def test_a_hook_on_a_parameter_is_called_once(size: str) -> None:
+    t, _, z, c = pair(size, "affine")
+    weight, found = t.conditioner.final.weight, []
+    for factor in (1.0, 2.0):
+        with weight.register_hook(lambda g, factor=factor: factor * g):
+            (gradient,) = torch.autograd.grad(t.inverse(z, c)[0].sin().sum(), weight)
+        found.append(gradient)
+    assert torch.allclose(found[1], 2 * found[0])
+
+
 def test_retained_graph_gives_the_same_gradient_twice() -> None:
     t, _, z, _ = pair("steps", "spline")
     z.requires_grad_()

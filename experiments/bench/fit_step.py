@@ -38,7 +38,7 @@ class Graph:
     def __call__(self, x: Tensor) -> Tensor:
         if self.step is None:
             begun = time.process_time()
-            self.step = JointStep(self.goal, (x,), compiled=False)
+            self.step = JointStep(self.goal, (x,))
             self.seconds = time.process_time() - begun
         return self.step((x,))
 

@@ -87,7 +87,7 @@ def step(name: str, rows: int) -> dict[str, Any]:
         held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    graph = JointStep(fp.MaximumLikelihood(rival.module), (x,), compiled=False) if name == GRAPHED else None  # type: ignore[arg-type]
+    graph = JointStep(fp.MaximumLikelihood(rival.module), (x,)) if name == GRAPHED else None  # type: ignore[arg-type]
     give_back()
     with peak() as grown:
         begun = time.process_time()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ def difference(
         return f"its loss is {b:.7g} where {whose} is {a:.7g}"
     largest = max([float(g.detach().abs().max()) for g in grads if g is not None and g.numel()], default=0.0)
     largest = max(largest, 1e-4 * max(1.0, abs(a)))  # a gradient that vanishes is rounding, in either
+    largest = largest if math.isfinite(largest) else 1.0
     for i, (g, h) in enumerate(zip(grads, our_grads, strict=True)):
         x, y = (torch.zeros(()) if t is None else t.detach() for t in (g, h))
         if not torch.allclose(x, y, rtol=tolerance, atol=tolerance * largest, equal_nan=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from flowpath import _pyro  # noqa: F401  before Pyro
 
 # isort: split
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,13 +20,22 @@ from torch.overrides import TorchFunctionMode
 from flowpath.eager import recording
 from flowpath.tracing.graphs import Facts
 
+ONE_AT_A_TIME = threading.RLock()
+
 
 @contextmanager
 def plain_tensors() -> Iterator[None]:
     """Inside, nothing looks at a tensor's value: no validation of distributions, no warnings about NaN.
 
-    `x.item()` gives a number where it is known, a tensor without gradient where not. All is put back.
+    `x.item()` gives a number where it is known, a tensor without gradient where not. All is put back. What is switched
+    off is so in the whole process, so one thread is inside at a time; others meanwhile run without validation.
     """
+    with ONE_AT_A_TIME, _plain_tensors():
+        yield
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
     quiet = {name: False for name in pyro.settings.get() if name.startswith("validate_")}
     with ExitStack() as stack:
         stack.enter_context(pyro.settings.context(**quiet))

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from flowpath.tracing import graphs
 from flowpath.tracing.compiler import validation_kept
-from flowpath.tracing.plain import cuda_indices, kept, plain_tensors
+from flowpath.tracing.plain import ONE_AT_A_TIME, cuda_indices, kept, plain_tensors
 from flowpath.tracing.quick import quickened
 
 
@@ -112,7 +112,7 @@ class Traced:
         devices = cuda_indices([*inputs, *self.held])
         if devices:
             options["triton.cudagraphs"] = not self.random
-        with torch.no_grad(), validation_kept(), torch.random.fork_rng(devices), catch_warnings():
+        with ONE_AT_A_TIME, torch.no_grad(), validation_kept(), torch.random.fork_rng(devices), catch_warnings():
             simplefilter("ignore")  # of torch about torch
             given: list[Any] = [x.detach() for x in (*inputs, *self.held, *self.noise())]
             self._module.recompile()

@@ -9,9 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flowpath.tracing import TracingError
 from flowpath.tracing.compiler import has_compiler, name_of_compiler, validation_kept
-from flowpath.training.joint import JointStep, has_hooks, kind_of
+from flowpath.training.joint import JointStep, is_known, kind_of
 
 CompileMode = bool | Literal["auto"]
 _TRIAL = 50  # steps after which the pace of plain running is known
@@ -24,16 +23,16 @@ class Runner:
     """Calls the objective and its backward pass, from some step on as one graph, which may be compiled.
 
     The graph (`JointStep`) is made for batches of the kind that came twice running; batches of other kinds run plainly.
-    With True it is compiled at once; an objective that a graph cannot follow, or whose gradients somebody hooks, goes
-    through torch.compile. With "auto" the plain pace shows whether compiling, or a graph that is run op by op, will
-    save at least twice its own cost. A machine without a compiler, and a compilation that fails, leave plain running,
-    with one warning where compiling had been asked for.
+    With True it is compiled at once; an objective that a graph cannot follow, or that is not known well enough to be
+    fixed in one (`is_known`), goes through torch.compile. With "auto" the plain pace shows whether compiling, or a
+    graph that is run op by op, will save at least twice its own cost. A machine without a compiler, and a compilation
+    that fails, leave plain running, with one warning where compiling had been asked for.
 
     Args:
         objective: the module; its forward returns the loss.
         mode: True, False or "auto".
         device: where it runs.
-        joint: whether all that the objective does is a function of batch, parameters and buffers, as one graph wants.
+        joint: whether nothing from outside, such as another process or a callback, has a part in the steps.
     """
 
     def __init__(self, objective: nn.Module, mode: CompileMode, device: torch.device, joint: bool = True) -> None:
@@ -46,14 +45,9 @@ class Runner:
         self._wanted: Literal["graph", "compiled"] | None = None
         self._last: Any = None
         self._joint: JointStep | None = None
-        self._compiled = False
+        self.compiled = False
         if mode is True:
             self._ask()
-
-    @property
-    def compiled(self) -> bool:
-        """Whether steps are compiled, or are to be from the next on."""
-        return self._compiled or self._wanted == "compiled"
 
     def _ask(self) -> None:
         if has_compiler(self._device):
@@ -74,39 +68,46 @@ class Runner:
             with validation_kept():
                 return _backward(self._call, batch)
         except Exception as error:  # whatever a compiler may raise; the plain call raises again what is the user's
-            if self._joint is None and not self._compiled:
+            if self._joint is None and not self.compiled:
                 raise
             self._fall_back(error)
             return _backward(self._objective, batch)
 
     def _prepare(self, batch: tuple[Tensor | None, ...], compiled: bool) -> None:
-        """A graph from this batch on; where it cannot be compiled, torch.compile."""
-        if not self._joint_allowed or has_hooks(self._objective):
+        """A graph from this batch on; where there can be none and compiling is wanted, torch.compile."""
+        joint = self._graph(batch)
+        if joint is None:
             if compiled:
                 self._compile_by_torch()
             return
-        try:
-            joint = JointStep(self._objective, batch, compiled)
-            if self._asked or joint.is_quicker(batch):
-                self._joint, self._compiled = joint, compiled
-        except TracingError:
-            if compiled:
-                self._compile_by_torch()
-        except Exception as error:
-            if compiled:
+        if compiled:
+            try:
+                joint.compile(batch)
+            except Exception as error:  # whatever a compiler may raise
                 self._fall_back(error)
+                return
+        if self._asked or joint.is_quicker(batch):
+            self._joint, self.compiled = joint, compiled
+
+    def _graph(self, batch: tuple[Tensor | None, ...]) -> JointStep | None:
+        if not self._joint_allowed or not is_known(self._objective):
+            return None
+        try:
+            return JointStep(self._objective, batch)
+        except Exception:  # a tracer may fail in any way; plain running shows what is the user's
+            return None
 
     def _compile_by_torch(self) -> None:
         try:
             with validation_kept(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # of torch about torch, while it imports a compiler
-                self._call, self._compiled = torch.compile(self._objective), True
+                self._call, self.compiled = torch.compile(self._objective), True
         except Exception as error:
             self._fall_back(error)
 
     def _fall_back(self, error: Exception) -> None:
         compiled = self.compiled
-        self._call, self._joint, self._wanted, self._compiled = self._objective, None, None, False
+        self._call, self._joint, self._wanted, self.compiled = self._objective, None, None, False
         self._objective.zero_grad(set_to_none=True)
         first = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         if compiled or self._asked:

@@ -98,7 +98,8 @@ def fit(
         device: where to train; "auto" is a GPU where there is one.
         compile: True: steps are compiled from the second on. False: they run as they are written. "auto": from some
             step on as one graph, in a long fit compiled, where the pace shows that it pays; a graph alone gives the
-            same numbers, on a CPU bit for bit, where a compiler may round otherwise.
+            same numbers, on a CPU bit for bit, where a compiler may round otherwise. A flow with foreign modules or
+            hooks, or a fit with callbacks, has no graph; "auto" leaves it as it is.
         checkpoint_layers: compute layers anew in the backward pass: a step takes the memory of one layer, and the
             time of one more forward pass; the same gradients, without compile.
         checkpoint: a folder or .safetensors file, written atomically while training.
@@ -146,7 +147,7 @@ def fit(
                     team.share_out(objective, data.batches),
                     team.compiles(False if flow.checkpoint_layers else compile),
                     away,
-                    joint=team.size == 1,
+                    joint=team.size == 1 and not callbacks,
                 ),
                 data.batches,
                 None if data.validation is None else partial(held_out, front, data.validation, team),

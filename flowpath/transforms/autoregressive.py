@@ -34,8 +34,9 @@ class MaskedAutoregressive(Transform):
     feature after feature, evaluating each hidden unit once: the arithmetic of one pass, in `features` small steps. Up
     to 64 rows of 16 features or more it sweeps instead, x <- tau^-1(z; h(x)) (Jacobi), which is exact after at most
     `features` sweeps and stops when nothing moves. Its gradient is implicit: at x the triangular system J^T v = g is
-    solved by a few vector-Jacobian products; second derivatives, torch.func, torch.compile, dropout in training
-    mode and Elements with parameters of their own take a plain differentiable path.
+    solved by a few vector-Jacobian products; one or two features, up to six in batches of up to 64 rows, second
+    derivatives, torch.func, torch.compile, dropout in training mode and Elements with parameters of their own take a
+    plain differentiable path.
 
     "Masked Autoregressive Flow" (Papamakarios, Pavlakou, Murray 2017, arXiv:1705.07057); its `Inverse` is the IAF of
     Kingma et al. 2016, arXiv:1606.04934.

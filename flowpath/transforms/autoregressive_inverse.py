@@ -139,7 +139,8 @@ def _implicit_vjp(
     g_x, g_ladj = grads
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        leaves = [p if p.is_leaf else p.detach().requires_grad_(p.requires_grad) for p in params]
+        own = all(p.is_leaf and not p._backward_hooks for p in params)  # a hook is called for what comes of this all
+        leaves = [p if own else p.detach().requires_grad_(p.requires_grad) for p in params]
         c = None if context is None else context.detach().requires_grad_(context.requires_grad)
         if all(map(operator.is_, leaves, t.conditioner.parameters())):  # type: ignore[attr-defined]
             numbers = t.conditioner(x, c)
