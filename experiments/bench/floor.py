@@ -2,9 +2,10 @@
 
     python -m experiments.bench.floor
 
-For every Linear of flowpath's flow, W h, W' g and g h' of the case's batch, one thread, float32; their sum is the least
-time of a training step, that of the first kind alone the least of a log_prob. Saved as `results/floor.json`;
-`table.py` sets the measured steps beside it.
+For every Linear of flowpath's flow, W h, W' g and g h' of the case's batch, one thread, float32, in turns with nflows'
+step; their sum is the least time of a training step, that of the first kind alone the least of a log_prob. nflows' time
+over it is a ratio that no flow with these conditioners can pass. Saved as `results/floor.json`; `table.py` sets the
+ratios that were reached beside it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from experiments.bench.cases import CASES, LOG_PROB, TRAIN, Case
+from experiments.bench.cases import CASES, LOG_PROB, TRAIN, Case, operation
 from experiments.bench.measure import Work, side_by_side
 from experiments.bench.peers import LIBRARIES
 
@@ -44,22 +45,34 @@ def works(outputs: int, inputs: int, rows: int) -> dict[str, Work]:
     return {"forward": forward, "to input": lambda: weight.t() @ g, "to weight": lambda: g @ h.t()}
 
 
-def milliseconds(case: Case) -> dict[str, float]:
-    """The least time of a log_prob and of a training step."""
-    floor = {LOG_PROB: 0.0, TRAIN: 0.0}
-    for (outputs, inputs), count in products(case).items():
-        times = side_by_side(works(outputs, inputs, case.batch), rounds=9, block=0.01)
-        middle = {name: 1e3 * statistics.median(values) for name, values in times.items()}
-        floor[LOG_PROB] += count * middle["forward"]
-        floor[TRAIN] += count * sum(middle.values())
-    return floor
+def measure(case: Case) -> dict[str, dict[str, float]]:
+    """Milliseconds of the products of a log_prob and of a training step, and of nflows' own."""
+    nflows = LIBRARIES["nflows"][case.kind](case.shape)
+    turns: dict[str, Work] = {name: operation(nflows, name, case, "cpu", fused=False) for name in (LOG_PROB, TRAIN)}
+    counts = products(case)
+    for shape in counts:
+        turns |= {f"{shape} {name}": work for name, work in works(*shape, case.batch).items()}
+    times = {name: 1e3 * statistics.median(values) for name, values in side_by_side(turns, rounds=9).items()}
+    kinds = {LOG_PROB: ("forward",), TRAIN: ("forward", "to input", "to weight")}
+    return {
+        name: {
+            "products": sum(n * times[f"{shape} {kind}"] for shape, n in counts.items() for kind in kinds[name]),
+            "nflows": times[name],
+        }
+        for name in (LOG_PROB, TRAIN)
+    }
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    found = {case.name: milliseconds(case) for case in CASES if case.name in SHOWN}
-    for name, floor in found.items():
-        print(name, {k: round(v, 2) for k, v in floor.items()})
+    found = {}
+    for case in [c for c in CASES if c.name in SHOWN]:
+        found[case.name] = measure(case)
+        print(
+            case.name,
+            {k: {who: round(ms, 2) for who, ms in v.items()} for k, v in found[case.name].items()},
+            flush=True,
+        )
     capability = torch.backends.cpu.get_cpu_capability()
     path = Path(__file__).parent / "results" / "floor.json"
     path.write_text(json.dumps({"capability": capability, "milliseconds": found}, indent=1) + "\n", encoding="utf-8")
