@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.bench import growth, memory, plot, table, targets
+from experiments.bench import fit_step, floor, growth, memory, plot, table, targets
 from experiments.bench.agreement import TOLERANCE, worst_difference
-from experiments.bench.cases import CASES
+from experiments.bench.cases import CASES, SMOKE
 from experiments.bench.measure import ratios, side_by_side, spread
 from experiments.bench.peers import LIBRARIES, Shape
 
@@ -63,8 +63,22 @@ def test_growth_sweeps_every_size() -> None:
 
 def test_a_child_tells_its_peak() -> None:
     with torch.random.fork_rng(devices=[]):
-        plain, checked = (memory.step(name, 500) for name in ("flowpath", memory.CHECKPOINTED))
+        plain, graph, checked = (memory.step(name, 500) for name in ("flowpath", memory.GRAPHED, memory.CHECKPOINTED))
     assert 0 < checked["kept_mib"] < plain["kept_mib"] / 3
+    assert graph["kept_mib"] is None and graph["peak_mib"] >= 0
+
+
+def test_a_step_as_one_graph_is_timed_beside_the_plain_one() -> None:
+    with torch.random.fork_rng(devices=[]):
+        record = fit_step.measure(SMOKE[0])
+    assert set(record["ratios"]) == {"flowpath, fused Adam", "nflows"}
+    assert record["seconds_to_trace"] > 0
+
+
+def test_products_alone_take_less_than_a_step() -> None:
+    with torch.random.fork_rng(devices=[]):
+        for times in floor.measure(SMOKE[0]).values():
+            assert 0 < times["products"] < times["nflows"]
 
 
 def test_every_library_has_every_kind() -> None:

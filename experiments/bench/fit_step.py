@@ -19,6 +19,7 @@ from torch import Tensor
 
 import flowpath as fp
 from experiments.bench import speed
+from experiments.bench.agreement import matched
 from experiments.bench.cases import CASES, TRAIN, Case, operation
 from experiments.bench.measure import ratios, side_by_side, spread
 from flowpath.training.joint import JointStep
@@ -45,12 +46,13 @@ class Graph:
 
 def measure(case: Case) -> dict[str, Any]:
     """A record of the case."""
-    flows = speed.rivals(case, "cpu")
-    graph = Graph(flows[speed.OURS].module)
+    torch.manual_seed(0)
+    ours, nflows = matched(case.kind, case.shape)
+    graph = Graph(ours.module)
     works = {
-        GRAPH: operation(flows[speed.OURS], TRAIN, case, "cpu", fused=True, differentiate=graph),
-        speed.FUSED: operation(flows[speed.OURS], TRAIN, case, "cpu", fused=True),
-        "nflows": operation(flows["nflows"], TRAIN, case, "cpu", fused=False),
+        GRAPH: operation(ours, TRAIN, case, "cpu", fused=True, differentiate=graph),
+        speed.FUSED: operation(ours, TRAIN, case, "cpu", fused=True),
+        "nflows": operation(nflows, TRAIN, case, "cpu", fused=False),
     }
     times = side_by_side(works)
     return {
