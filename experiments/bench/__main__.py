@@ -96,8 +96,17 @@ def save(found: dict, args: argparse.Namespace) -> None:
         kept = [r for r in before["records"] if (r["case"], r["operation"], r["mode"]) not in fresh]
         worst = before["agreement"]["worst"] | found["agreement"]["worst"]
         found |= {"records": kept + found["records"], "agreement": found["agreement"] | {"worst": worst}}
+    found["records"].sort(key=_place)
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"written: {path.relative_to(HERE.parents[1])}")
+
+
+def _place(record: dict) -> tuple[int, int, bool]:
+    """Where a record stands: as the cases do, and their operations."""
+    case = next((c for c in (*CASES, *SMOKE) if c.name == record["case"]), None)
+    if case is None:
+        return len(CASES), 0, False
+    return [*CASES, *SMOKE].index(case), case.operations.index(record["operation"]), record["mode"] == "compiled"
 
 
 if __name__ == "__main__":

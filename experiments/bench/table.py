@@ -97,13 +97,13 @@ def compiled() -> Iterator[str]:
         for r in (r for r in run["records"] if r["mode"] == "compiled"):
             ratios, cold = r["ratios"], r["cold_cpu_seconds"]
             beside = (ratios.get(name) for name in ("nflows", "zuko, compiled"))
-            shown = " | ".join("did not run" if v is None else f"{v['median']:.2f}" for v in beside)
+            shown = " | ".join("-" if v is None else f"{v['median']:.2f}" for v in beside)
             took = ", ".join(
                 f"{cold[f'{who}, compiled']:.0f} s" if f"{who}, compiled" in cold else "-"
                 for who in ("flowpath", "nflows", "zuko")
             )
             ms = r["milliseconds"].get("flowpath, compiled")
-            mine = "did not run" if ms is None else f"{ms['median']:.3g}"
+            mine = "-" if ms is None else f"{ms['median']:.3g}"
             yield f"| {r['case']} | {r['operation']} | {capability.upper()} | {mine} | {shown} | {took} |"
 
 
