@@ -42,7 +42,8 @@ def memory(run: Run) -> Figure:
     fig = Figure(figsize=(7, 3), layout="constrained")
     axes, steps = fig.subplots(), run["steps"][::-1]
     axes.barh([s["name"] for s in steps], [s["peak_mib"] / 1024 for s in steps])
-    axes.set(xlabel="GiB", title=f"peak of a training step, {run['shape']}, {steps[0]['rows']} rows")
+    axes.set_xlabel("GiB")
+    fig.suptitle(f"peak of a training step: {run['shape']}, {steps[0]['rows']:,} rows", fontsize=10)
     return fig
 
 
