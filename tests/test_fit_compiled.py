@@ -328,6 +328,17 @@ def test_a_graph_gives_the_plain_numbers_bit_for_bit(
     assert [row["train"] for row in graph.history] == [row["train"] for row in plain.history]
 
 
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize("watched_by", [None, lambda state: None], ids=["nobody", "a callback"])
+def test_a_fit_with_callbacks_has_no_graph(watched_by: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may change anything between two steps."""
+    made: list[int] = []
+    monkeypatch.setattr(joint, "is_quicker", lambda new, old: bool(made.append(1)))
+    monkeypatch.setattr(compiling, "_TRACE_COST", 0.0)
+    quick(epochs=None, steps=80, callbacks=[] if watched_by is None else [watched_by])
+    assert len(made) == (1 if watched_by is None else 0)
+
+
 @pytest.mark.usefixtures("no_compiler", "taken")
 def test_a_graph_ends_where_its_parameters_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joint, "is_quicker", lambda new, old: True)
