@@ -15,7 +15,12 @@ from torch.autograd import forward_ad
 
 def is_plain(like: Tensor) -> bool:
     """Whether neither a tracer nor a transform looks on, which would leave its mark on a tensor made meanwhile."""
-    return type(like) is Tensor and not torch.compiler.is_compiling() and not is_transformed()
+    return type(like) is Tensor and not is_watched()
+
+
+def is_watched() -> bool:
+    """Whether torch.compile, or what records as if it did, or torch.func looks on."""
+    return torch.compiler.is_compiling() or is_transformed()
 
 
 def is_transformed() -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowpath.eager import is_transformed
+from flowpath.eager import is_watched
 from flowpath.transform import Chain, Direction, Transform
 
 
@@ -22,7 +22,7 @@ def run(
     input and with the same random numbers, so that gradients are the same bit for bit. torch.compile and torch.func
     decide for themselves what is kept.
     """
-    if not checkpoint_layers or not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
+    if not checkpoint_layers or not torch.is_grad_enabled() or is_watched():
         return t.run(direction, value, context if t.context else None)
     from torch.utils.checkpoint import checkpoint
 

@@ -103,10 +103,9 @@ def save(found: dict, args: argparse.Namespace) -> None:
 
 def _place(record: dict) -> tuple[int, int, bool]:
     """Where a record stands: as the cases do, and their operations."""
-    case = next((c for c in (*CASES, *SMOKE) if c.name == record["case"]), None)
-    if case is None:
-        return len(CASES), 0, False
-    return [*CASES, *SMOKE].index(case), case.operations.index(record["operation"]), record["mode"] == "compiled"
+    cases = {c.name: (i, c.operations) for i, c in enumerate((*CASES, *SMOKE))}
+    place, operations = cases.get(record["case"], (len(cases), (record["operation"],)))
+    return place, operations.index(record["operation"]), record["mode"] == "compiled"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, NullLocator
 
@@ -70,29 +71,24 @@ def _panel(axes: Axes, what: str, rows: list[Run]) -> None:
     axes.set_title(what if "sampling" in what else f"training step against {what}")
     if "log_prob_milliseconds" in rows[0]:
         axes.plot(at, [r["log_prob_milliseconds"] for r in rows], "s--", label="log_prob")
+        lines = axes.lines
     else:
         right = axes.twinx()
         right.plot(at, [max(r["peak_mib"], 0.1) for r in rows], "s--", color="tab:orange", label="peak memory, right")
         right.set(yscale="log", ylabel="MiB")
-        right.yaxis.set_major_formatter(LogFormatter())
-        right.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-    axes.legend(*_entries(axes), fontsize=8)
-    _mark_sizes(axes, at)
-
-
-def _entries(axes: Axes) -> tuple[list[Any], list[str]]:
-    """The lines of a panel and of its right axis."""
-    found = [a.get_legend_handles_labels() for a in axes.figure.axes if a.bbox.bounds == axes.bbox.bounds]
-    return [h for handles, _ in found for h in handles], [name for _, names in found for name in names]
-
-
-def _mark_sizes(axes: Axes, at: list[int]) -> None:
-    """Ticks at the sizes that were measured, and plain numbers."""
+        _write_plainly(right.yaxis)
+        lines = [*axes.lines, *right.lines]
+    axes.legend(handles=lines, fontsize=8)
     shown = at if len(at) <= 5 else at[::2]
     axes.set_xticks(shown, [f"{v:,}" for v in shown], fontsize=7)
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    _write_plainly(axes.yaxis)
+
+
+def _write_plainly(axis: Axis) -> None:
+    """The numbers of a logarithmic axis without powers of ten."""
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
 
 
 def main(folder: Path) -> None:

@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,15 @@ def _beside(target: Target, column: str, found: dict[str, dict[str, Any]]) -> st
     """What flowpath's own ways of training reach: fused Adam, and a step as one graph."""
     adam, graph = fused(target, column, found), None
     if target.operation == "train" and target.peer == "nflows" and column != "compiled":
-        records = json.loads((RESULTS / f"fit_step-{column}.json").read_text("utf-8"))["records"]
-        graph = next((r["ratios"]["nflows"]["median"] for r in records if r["case"] == target.case), None)
+        graph = next((r["ratios"]["nflows"]["median"] for r in _graphs(column) if r["case"] == target.case), None)
     shown = (("fused Adam", adam), ("one graph", graph))
     return "".join(f"; {name} {ratio:.2f}" for name, ratio in shown if ratio is not None)
+
+
+@cache
+def _graphs(capability: str) -> list[dict[str, Any]]:
+    """The records of `fit_step` with a CPU capability."""
+    return json.loads((RESULTS / f"fit_step-{capability}.json").read_text("utf-8"))["records"]
 
 
 def _of_svi(column: str) -> tuple[float, float, float] | None:
@@ -133,13 +139,12 @@ def graph() -> Iterator[str]:
     """The step that a long `fp.fit` takes, beside the plain one and beside nflows."""
     yield "| case | CPU | plain step, ms | one graph, ms | times quicker than plain | than nflows | seconds to trace |"
     yield "|---|---|---|---|---|---|---|"
-    for path in sorted(RESULTS.glob("fit_step-*.json")):
-        capability = path.stem.removeprefix("fit_step-").upper()
-        for r in json.loads(path.read_text("utf-8"))["records"]:
+    for capability in runs():
+        for r in _graphs(capability):
             plain, mine = (r["milliseconds"][who]["median"] for who in ("flowpath, fused Adam", "flowpath, one graph"))
             ratios = " | ".join(f"{r['ratios'][who]['median']:.2f}" for who in ("flowpath, fused Adam", "nflows"))
-            case = f"{r['case']}, batch {r['batch']}"
-            yield f"| {case} | {capability} | {plain:.3g} | {mine:.3g} | {ratios} | {r['seconds_to_trace']:.1f} |"
+            case = f"{r['case']}, batch {r['batch']} | {capability.upper()}"
+            yield f"| {case} | {plain:.3g} | {mine:.3g} | {ratios} | {r['seconds_to_trace']:.1f} |"
 
 
 def floor() -> Iterator[str]:
@@ -147,8 +152,7 @@ def floor() -> Iterator[str]:
     least = json.loads((RESULTS / "floor.json").read_text("utf-8"))
     capability = least["capability"].lower()
     records = {(r["case"], r["operation"], r["mode"]): r for r in runs()[capability]["records"]}
-    graphs = json.loads((RESULTS / f"fit_step-{capability}.json").read_text("utf-8"))["records"]
-    as_graph = {(r["case"], "train"): r["ratios"]["nflows"] for r in graphs}
+    as_graph = {(r["case"], "train"): r["ratios"]["nflows"] for r in _graphs(capability)}
     yield "| case | operation | the products alone, ms | they alone: times nflows | eager | one graph | compiled |"
     yield "|---|---|---|---|---|---|---|"
     for case, operations in least["milliseconds"].items():

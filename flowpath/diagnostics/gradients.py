@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowpath.tracing.plain import cuda_indices
+
 
 @dataclass(frozen=True)
 class GradientRow:
@@ -94,9 +96,8 @@ def _row(name: str, g: Tensor, reference: Tensor, seconds: float, same: bool) ->
 
 
 def _gradients(loss: Callable[[], Tensor], params: list[Tensor], repeats: int, seed: int) -> tuple[Tensor, float]:
-    devices = sorted({p.device.index or 0 for p in params if p.is_cuda})
     rows = []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(cuda_indices(params)):
         torch.manual_seed(seed)
         start = time.process_time()
         for _ in range(repeats):

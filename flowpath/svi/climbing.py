@@ -15,6 +15,7 @@ from flowpath.flow import Flow
 from flowpath.objectives import LogDensity
 from flowpath.svi.flows import widen
 from flowpath.tracing import TracingError, trace
+from flowpath.tracing.plain import cuda_indices
 from flowpath.training.fitting import trainable
 
 _ROUNDS = (400, 800, 800, 1600)  # steps of the first rounds; later ones repeat the last
@@ -215,10 +216,9 @@ class Climb:
     def _agrees(self, call: Callable[[Tensor, Tensor], list[Tensor]], noise: Tensor, share: Tensor) -> bool:
         """Whether the graph gives the function's gradients at another noise than that it was traced at."""
         other = torch.randn_like(noise) * 0.5
-        devices = [noise.device.index or 0] if noise.is_cuda else []
         found = []
         for f in (call, self._gradients):
-            with torch.random.fork_rng(devices=devices):
+            with torch.random.fork_rng(cuda_indices([noise])):
                 torch.manual_seed(0)
                 found.append(f(other, share))
         tolerance = 1e-6 if noise.dtype == torch.float64 else 1e-2

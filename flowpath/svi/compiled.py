@@ -23,7 +23,9 @@ from flowpath.svi.steps import Plan, Problem
 from flowpath.svi.updates import Factory, Updates
 from flowpath.svi.weights import ScoreWeight
 from flowpath.tracing import TracingError
+from flowpath.tracing.comparing import Differs
 from flowpath.tracing.compiler import has_compiler, name_of_compiler
+from flowpath.tracing.plain import cuda_indices
 from flowpath.training.compiling import CompileMode
 
 _PLANS = 8  # kinds of arguments whose traces are kept
@@ -203,7 +205,7 @@ class CompiledSVI:
                 plan = self._plans[key] = self._make(args, kwargs, tensors)
             if self._is_news(plan, args, kwargs, tensors):
                 self._compare(plan, args, kwargs, tensors)
-        except (TracingError, _Differs) as error:
+        except (TracingError, Differs) as error:
             self._fall_back(f"{type(self.elbo).__name__}: {error}")
             return None, tensors
         self._consider(plan, tensors, plan.seconds)  # as much again may well follow
@@ -266,7 +268,7 @@ class CompiledSVI:
         if not new:
             return due
         if Distribution._validate_args and not (plan.check is not None and plan.check(tensors)):
-            with torch.random.fork_rng(sorted({x.device.index for x in new if x.is_cuda})):
+            with torch.random.fork_rng(cuda_indices(new)):
                 self.elbo.loss(self.model, self.guide, *args, **kwargs)  # raises, and names the site
         self._seen.add(new)
         plan.data += 1
@@ -280,7 +282,7 @@ class CompiledSVI:
     def _check(self, plan: Plan, args: Sequence[Any], kwargs: dict[str, Any], tensors: list[Tensor], seed: int) -> None:
         difference = plan.difference(args, kwargs, tensors, seed)
         if difference is not None:
-            raise _Differs(
+            raise Differs(
                 f"the traced step differs: {difference}; its control flow hangs on latents, its sites come and go, it "
                 "draws outside torch, or it reads a setting that has changed and is not an argument"
             )
@@ -321,10 +323,6 @@ class CompiledSVI:
         except Exception as error:  # whatever a compiler may raise
             first = next(iter(str(error).splitlines()), "")
             warnings.warn(f"CompiledSVI runs traced, not compiled: {type(error).__name__}: {first}", stacklevel=7)
-
-
-class _Differs(RuntimeError):
-    """The traced step is not Pyro's."""
 
 
 def _warn_of_nan() -> None:

@@ -23,6 +23,7 @@ from flowpath.svi.handlers import Place, default_dtype, quiet
 from flowpath.svi.looking import ModelError, Trace, depth, first_trace, latents, scores, showing_part
 from flowpath.svi.rows import all_rows
 from flowpath.tracing import Traced, trace
+from flowpath.tracing.plain import cuda_indices
 
 PARTICLES = "_flowpath_particles"
 
@@ -227,7 +228,7 @@ class ModelDensity:
         """The fastest way over points that agrees with the one-point density."""
         u = self.start + 0.1 * torch.arange(3, dtype=self.dtype, device=self.device).unsqueeze(-1)
         close = 1e-6 if self.dtype == torch.float64 else 1e-3  # what rounding explains
-        with torch.no_grad(), torch.random.fork_rng(devices=_cuda(self.device)):
+        with torch.no_grad(), torch.random.fork_rng(cuda_indices([u])):
             wanted = torch.stack([self._seeded(self.direct, row) for row in u])
             for mode in ("plate", "vmap"):
                 try:
@@ -260,7 +261,3 @@ def _summed_out(trace: Trace, keep: str | None) -> Tensor:
 
 def _agree(found: Tensor, wanted: Tensor, close: float) -> bool:
     return torch.allclose(found.double(), wanted.double(), close, close, equal_nan=True)
-
-
-def _cuda(device: torch.device) -> list[int]:
-    return [device.index or 0] if device.type == "cuda" else []

@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 
+class Differs(RuntimeError):
+    """The graph of a step is not the step."""
+
+
 def difference(
     loss: Any, grads: Sequence[Tensor | None], ours: Any, our_grads: Sequence[Tensor | None], whose: str
 ) -> str | None:

@@ -1,4 +1,4 @@
-"""torch.compile where it pays, and plain running where it does not or cannot."""
+"""One graph a step, or torch.compile, where it pays, and plain running where it does not or cannot."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from flowpath.foreign_bases import ConditionalBase, TorchBase
 from flowpath.tracing import trace
-from flowpath.tracing.comparing import difference, is_quicker
+from flowpath.tracing.comparing import Differs, difference, is_quicker
+from flowpath.tracing.graphs import Facts
 from flowpath.tracing.plain import cuda_indices, kept, laid_out
 
 Batch = Sequence[Tensor | None]
@@ -19,13 +20,9 @@ _CHECK = 100  # the step of the second comparison with plain running; the next c
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class Differs(RuntimeError):
-    """The graph of a step is not the step."""
-
-
 def kind_of(batch: Batch) -> tuple[Any, ...]:
     """What of a batch a graph depends on."""
-    return tuple(None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in batch)
+    return Facts.of(tuple(batch))
 
 
 def is_known(objective: nn.Module) -> bool:
@@ -131,12 +128,15 @@ class JointStep:
             ours, *our_grads = self._run(tensors)
             same = len(grads) == len(our_grads) and all(map(_like, self._buffers, held))
             exact = same and torch.equal(loss, ours) and all(map(torch.equal, grads, our_grads))
-        wrong = None if exact else "it reaches other parameters, or leaves other buffers"
-        if same and not exact:
-            wrong = difference(loss, grads, ours, our_grads, "the plain one's")
-        if wrong is not None or (self._exact and not exact):
+        if exact:
+            return True
+        wrong: str | None = "it reaches other parameters, or leaves other buffers"
+        if same:
+            rounding = "they differ in rounding" if self._exact else None
+            wrong = difference(loss, grads, ours, our_grads, "the plain one's") or rounding
+        if wrong is not None:
             steps = f" (after {self._calls} steps)" if self._calls else ""
-            raise Differs(f"the graph of the step is not the step: {wrong or 'they differ in rounding'}{steps}")
+            raise Differs(f"the graph of the step is not the step: {wrong}{steps}")
         return True
 
     def _plain(self, batch: Batch) -> tuple[Tensor, tuple[Tensor | None, ...]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from flowpath.eager import full_precision
+from flowpath.eager import full_precision, is_watched
 from flowpath.layout import features_first, features_last
 from flowpath.nets.masked import MaskedMLP
 from flowpath.registry import register
@@ -119,7 +119,8 @@ class MaskedAutoregressive(Transform):
     def _invert(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if not isinstance(self.conditioner, MaskedMLP) or z.shape[-1] == 1:
             return invert_by_passes(self, z, context)
-        if self._element_learns or self.conditioner.random or _is_traced():
+        # Neither torch.compile nor torch.func follows an autograd.Function that calls others.
+        if self._element_learns or self.conditioner.random or is_watched():
             return invert_by_steps(self, z, context, keep_graph=True)
         if not torch.is_grad_enabled():
             return invert(self, z, context)
@@ -152,8 +153,3 @@ class MaskedAutoregressive(Transform):
             (slope,) = torch.autograd.grad(ladj, x, one, retain_graph=True, materialize_grads=True)
             g = g - slope
         return self._unsorted(solve_transposed(z, x, ladj.detach().exp(), g))
-
-
-def _is_traced() -> bool:
-    """Whether torch.compile or torch.func looks on: neither follows an autograd.Function that calls others."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

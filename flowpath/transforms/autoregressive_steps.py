@@ -6,7 +6,7 @@ always its first rows.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -63,9 +63,7 @@ class _Layer:
     def __init__(self, weight: Tensor, offset: Tensor, sizes: list[int], like: Tensor, net: MaskedMLP | None) -> None:
         self.weight, self.offset, self.act = weight, offset, None if net is None else net._act
         self.rows = like.new_empty(len(weight), like.shape[1])
-        self.starts = [0]
-        for size in sizes:
-            self.starts.append(self.starts[-1] + size)
+        self.starts = [0, *accumulate(sizes)]
         self.blocks, self.weights = self.rows.split(sizes), weight.split(sizes)
         self.before = 0
 
